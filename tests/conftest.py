@@ -1,0 +1,5 @@
+"""Eight virtual CPU devices for the whole run, set once, before any backend starts."""
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
