@@ -1,0 +1,129 @@
+"""The only module that names mesh axes: where an array is split, and reductions across the pieces."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax import Array, lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxfp4.formats import BLOCK_SIZE
+from jaxfp4.tensors.blocks import Blocking
+
+AxisNames = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh, and for each array dimension the mesh axes that split it, the first of them slowest."""
+
+    mesh: Mesh | AbstractMesh
+    names: tuple[AxisNames, ...]
+    written: int = 0
+    """Dimensions that the PartitionSpec spells out even where they are whole; specs compare unequal otherwise."""
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """The same as a PartitionSpec."""
+        length = max([self.written, *(d + 1 for d, names in enumerate(self.names) if names)])
+        return PartitionSpec(*(n if len(n) > 1 else (n[0] if n else None) for n in self.names[:length]))
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """The same as a NamedSharding."""
+        return NamedSharding(self.mesh, self.spec)
+
+    @property
+    def splitting(self) -> AxisNames:
+        """All mesh axes that split the array."""
+        return tuple(name for names in self.names for name in names)
+
+    def shards(self, dimension: int) -> int:
+        """Into how many pieces a dimension is cut."""
+        return math.prod(self.mesh.shape[name] for name in self.names[dimension])
+
+    def restricted(self, dimensions: Sequence[int]) -> Layout:
+        """The layout with all other dimensions whole, as after a reduction over them that keeps their places."""
+        return Layout(self.mesh, tuple(n if d in dimensions else () for d, n in enumerate(self.names)))
+
+    def blocks_are_whole(self, blocking: Blocking) -> bool:
+        """Whether every block of 16 lies on one device."""
+        split = [a for a in blocking.axes if self.names[a]]
+        if not blocking.merged:
+            split = [a for a in split if a == blocking.axes[-1]]
+        if not split:
+            return True
+        leading = blocking.axes[0] if blocking.merged else blocking.axes[-1]
+        return split == [leading] and blocking.length % (self.shards(leading) * BLOCK_SIZE) == 0
+
+    def with_whole_blocks(self, blocking: Blocking) -> Layout:
+        """This layout, or one in which the mesh axes that cut blocks split other dimensions, where they fit."""
+        if self.blocks_are_whole(blocking):
+            return self
+        cut = blocking.axes if blocking.merged else blocking.axes[-1:]
+        moving = [name for a in cut for name in self.names[a]]
+        names = [() if d in cut else n for d, n in enumerate(self.names)]
+        for name in moving:
+            for d in sorted(set(range(len(names))) - set(cut), key=lambda d: -blocking.shape[d]):
+                candidate = (*names[d], name)
+                if blocking.shape[d] % math.prod(self.mesh.shape[n] for n in candidate) == 0:
+                    names[d] = candidate
+                    break
+        return Layout(self.mesh, tuple(names), self.written)
+
+    def merged(self, blocking: Blocking) -> Layout:
+        """The layout of the array after `Blocking` has merged its contraction axes; blocks are whole."""
+        if not blocking.merged:
+            return self
+        rest = [n for a, n in enumerate(self.names) if a not in blocking.axes]
+        rest.insert(blocking.axis, self.names[blocking.axes[0]])
+        return Layout(self.mesh, tuple(rest), min(self.written, len(rest)))
+
+
+def layout_of(x: Array) -> Layout | None:
+    """The layout of an array whose sharding is known: a concrete one, or one traced on a mesh with Explicit axes.
+
+    None for an array on one device, a tracer on Auto axes (the compiler places it) and inside a shard_map.
+    """
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+        return None
+    mesh = sharding.mesh
+    if isinstance(x, jax.core.Tracer) and not all(kind == AxisType.Explicit for kind in mesh.axis_types):
+        return None
+    entries = tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
+    return Layout(mesh, tuple(_names(entry) for entry in entries), len(sharding.spec))
+
+
+def _names(entry: str | tuple[str, ...] | None) -> AxisNames:
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def place(x: Array, layout: Layout) -> Array:
+    """`x` moved to `layout`; the same array if it is there already."""
+    if isinstance(x, jax.core.Tracer):
+        return jax.reshard(x, layout.sharding)
+    return jax.device_put(x, layout.sharding)
+
+
+def varying_axes(x: Array) -> AxisNames:
+    """Inside a shard_map, the mesh axes over which `x` may differ between devices; elsewhere none.
+
+    With `check_vma=False` JAX does not say over which axes a value differs, so all manual axes are named: reducing over
+    an axis on which the values are equal changes nothing.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if manual and manual[0] not in jax.typeof(lax.axis_index(manual[0])).manual_axis_type.varying:
+        return tuple(manual)
+    varying = jax.typeof(x).manual_axis_type.varying
+    return tuple(name for name in manual if name in varying)
+
+
+def max_over_mesh(x: Array, names: AxisNames) -> Array:
+    """`lax.pmax` over the given axes; `x` itself if there are none, which some JAX versions refuse."""
+    return lax.pmax(x, names) if names else x

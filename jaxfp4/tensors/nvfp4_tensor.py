@@ -1,0 +1,120 @@
+"""Quantized arrays as pytrees."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxfp4.formats import BLOCK_SIZE, exact, nvfp4
+from jaxfp4.tensors.blocks import Blocking
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["packed", "scales", "global_scale"],
+    meta_fields=["axes", "sizes", "dtype"],
+)
+@dataclasses.dataclass(frozen=True)
+class NVFP4Tensor:
+    """A tensor in NVFP4: `value = (float32(scale) * global_scale) * e2m1`, one scale for 16 values of the contraction.
+
+    It is a pytree of three arrays, so it passes through jit, vmap, scan, `jax.device_put` and an `nnx.Param`. The rest is
+    static and counts axes from the end, so leading axes may be mapped or scanned over.
+    """
+
+    packed: Array
+    """uint8 `[.., K/2, ..]`: two E2M1 codes a byte, the even element in the low nibble. Axis order of the original."""
+
+    scales: Array
+    """float8_e4m3fn `[.., K/16, ..]`."""
+
+    global_scale: Array
+    """float32 `[]`, or `[E, 1, ..]` with one value per expert."""
+
+    axes: tuple[int, ...]
+    """The contraction axes of the original, increasing and negative."""
+
+    sizes: tuple[int, ...]
+    """The original's sizes along `axes`, before any padding to a multiple of 16."""
+
+    dtype: np.dtype
+    """The original's dtype."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions of the original."""
+        return self.packed.ndim + (len(self.axes) - 1 if self._merged else 0)
+
+    @property
+    def _merged(self) -> bool:
+        return len(self.axes) > 1 and self.sizes[-1] % BLOCK_SIZE != 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the original."""
+        if not self._merged:
+            shape = list(self.packed.shape)
+            shape[self.axes[-1]] = self.sizes[-1]
+            return tuple(shape)
+        ndim = self.ndim
+        merged_axis = ndim + self.axes[-1] - (len(self.axes) - 1)
+        rest = [n for a, n in enumerate(self.packed.shape) if a != merged_axis]
+        sizes = dict(zip(self.axes, self.sizes, strict=True))
+        remaining = iter(rest)
+        return tuple(sizes[a - ndim] if a - ndim in sizes else next(remaining) for a in range(ndim))
+
+    @property
+    def blocking(self) -> Blocking:
+        """How the original divides into blocks."""
+        return Blocking(self.shape, tuple(a + self.ndim for a in self.axes))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three arrays."""
+        return sum(int(np.prod(part.shape)) * part.dtype.itemsize for part in jax.tree.leaves(self))
+
+    def dequantize(self, dtype: jax.typing.DTypeLike | None = None) -> Array:
+        """`((float32(scales) * global_scale) * e2m1(packed)).astype(dtype)`, by default in the original's dtype.
+
+        The product is float32 in this order and cast last. A block whose scale is NaN gives NaN.
+        """
+        return _dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype))
+
+    def __repr__(self) -> str:
+        values = int(np.prod(self.shape))
+        bits = f"{8 * self.nbytes / values:.2f} bits/value" if values else "empty"
+        axes = self.axes[0] if len(self.axes) == 1 else self.axes
+        return f"NVFP4Tensor(shape={self.shape}, axis={axes}, dtype={np.dtype(self.dtype).name}, {bits})"
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["weight", "input_scale", "pre_scale"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight:
+    """A quantized parameter and what its contraction needs at run time."""
+
+    weight: NVFP4Tensor
+
+    input_scale: Array | None = None
+    """float32 global scale of the activation that meets the weight; None leaves the activation as it is."""
+
+    pre_scale: Array | None = None
+    """Factors for the activation's channels, multiplied in before it is quantized; None for none."""
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _dequantize(tensor: NVFP4Tensor, dtype: np.dtype) -> Array:
+    blocking = tensor.blocking
+    axis = blocking.axis
+    codes = nvfp4.unpack(tensor.packed, axis)
+    codes = codes.reshape(*codes.shape[:axis], blocking.blocks, BLOCK_SIZE, *codes.shape[axis + 1 :])
+    scale = nvfp4.decode_scale(lax.bitcast_convert_type(tensor.scales, jnp.uint8))
+    global_scale = blocking.align(tensor.global_scale)
+    values = nvfp4.dequantize(codes, lax.expand_dims(scale, [axis + 1]), global_scale)
+    return exact.cast(blocking.from_blocks(values), dtype)

@@ -1,0 +1,123 @@
+"""Absolute maxima over blocks and over whole tensors, exact on any sharding."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxfp4.formats import BLOCK_SIZE, exact
+from jaxfp4.tensors.blocks import Blocking, normalize_axes
+from jaxfp4.tensors.mesh import AxisNames, Layout, layout_of, max_over_mesh, place, varying_axes
+
+SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def block_amax(x: Array, axis: int | Sequence[int] = -1) -> Array:
+    """The largest magnitude of each block: `jnp.max(jnp.abs(x.reshape(.., K // 16, 16, ..)), axis + 1)`, float32.
+
+    NaN in a block gives NaN, Inf gives Inf, an all-zero block 0. A contraction `K` that is no multiple of 16 is padded
+    with zeros. With several axes, blocks run along the flattened contraction, last axis minor; where the last axis is a
+    multiple of 16 the result keeps all axes, `[.., K_last / 16, ..]`, otherwise the contraction axes become one.
+
+    Works on sharded arrays without communication if each block lies on one device; blocks that the sharding cuts are
+    first brought together by moving the sharding to another dimension. Inside a shard_map it is the local reduction.
+
+    >>> block_amax(jnp.array([[1.0, -7.0] * 8 + [0.0] * 16]), axis=1)
+    Array([[7., 0.]], dtype=float32)
+    """
+    x = as_float_array(x)
+    blocking = Blocking(x.shape, normalize_axes(axis, x.ndim))
+    layout = layout_of(x)
+    if layout is None:
+        refuse_cut_blocks(x, blocking)
+        return _block_amax(x, blocking)
+    layout = layout.with_whole_blocks(blocking)
+    return _block_amax_sharded(place(x, layout), blocking, layout)
+
+
+def global_amax(x: Array, *, keep_axes: Sequence[int] = (), axis_names: AxisNames | None = None) -> Array:
+    """The largest magnitude of the whole tensor, float32: `jnp.max(jnp.abs(x))`.
+
+    NaN anywhere gives NaN, else Inf gives Inf; an empty tensor gives 0. `keep_axes` are left unreduced with size 1 for
+    the others, so `keep_axes=(0,)` gives `[E, 1, 1]`, one value per expert of `[E, K, N]`.
+
+    The value is the same on every sharding: a local reduction in a shard_map and one `lax.pmax` over the mesh axes that
+    split the reduced dimensions. Inside your own shard_map it is `lax.pmax` over `axis_names`, by default all axes over
+    which `x` varies; `axis_names` must be given there with `keep_axes`, as only you know which mesh axes split those.
+
+    >>> global_amax(jnp.array([[1.0, -3.0], [2.0, 0.0]])), global_amax(jnp.array([[1.0, -3.0], [2.0, 0.0]]), keep_axes=[0])
+    (Array(3., dtype=float32), Array([[3.],
+           [2.]], dtype=float32))
+    """
+    x = as_float_array(x)
+    keep = normalize_axes(keep_axes, x.ndim) if keep_axes else ()
+    layout = layout_of(x)
+    if layout is not None:
+        return _global_amax_sharded(x, keep, layout)
+    varying = varying_axes(x)
+    if axis_names is None and keep and varying:
+        raise ValueError(
+            f"keep_axes={tuple(keep_axes)} inside a shard_map over {varying}: wanted axis_names, the mesh axes that split "
+            "the other dimensions; for experts split over 'ep' pass axis_names=('tp',)"
+        )
+    names = varying if axis_names is None else tuple(name for name in axis_names if name in varying)
+    return max_over_mesh(_global_amax(x, keep), names)
+
+
+def as_float_array(x: Array) -> Array:
+    """`x` as a JAX array; TypeError unless it is float32, bfloat16 or float16."""
+    x = jnp.asarray(x)
+    if x.dtype.name not in SUPPORTED_DTYPES:
+        raise TypeError(f"an array of dtype {x.dtype}: wanted one of {', '.join(SUPPORTED_DTYPES)}; cast it first")
+    return x
+
+
+def refuse_cut_blocks(x: Array, blocking: Blocking) -> None:
+    """ValueError if, inside a shard_map, the local contraction is no multiple of 16 and so may cut a block."""
+    varying = varying_axes(x)
+    if varying and blocking.length % BLOCK_SIZE:
+        raise ValueError(
+            f"a shard with {blocking.length} values along the contraction, inside a shard_map over {varying}: wanted a "
+            f"multiple of {BLOCK_SIZE}, or blocks would depend on the layout; split another dimension"
+        )
+
+
+def local_block_amax(blocks: Array, axis: int) -> Array:
+    """Magnitude maxima over `axis`, size 1 kept, float32. Integers order bit patterns alike on every backend."""
+    return exact.as_float(jnp.max(exact.magnitude_bits(blocks), axis, keepdims=True))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _block_amax(x: Array, blocking: Blocking) -> Array:
+    return jnp.squeeze(local_block_amax(blocking.to_blocks(x), blocking.axis + 1), blocking.axis + 1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _block_amax_sharded(x: Array, blocking: Blocking, layout: Layout) -> Array:
+    def local(shard: Array) -> Array:
+        return _block_amax(shard, Blocking(shard.shape, blocking.axes))
+
+    out = layout.merged(blocking).spec
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=layout.spec, out_specs=out)(x)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _global_amax(x: Array, keep: tuple[int, ...]) -> Array:
+    reduced = tuple(a for a in range(x.ndim) if a not in keep)
+    return exact.as_float(jnp.max(exact.magnitude_bits(x), reduced, keepdims=bool(keep), initial=0))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _global_amax_sharded(x: Array, keep: tuple[int, ...], layout: Layout) -> Array:
+    kept = layout.restricted(keep)
+    names = tuple(name for name in layout.splitting if name not in kept.splitting)
+
+    def local(shard: Array) -> Array:
+        return max_over_mesh(_global_amax(shard, keep), names)
+
+    out = kept.spec if keep else jax.P()
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=layout.spec, out_specs=out)(x)
