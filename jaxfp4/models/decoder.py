@@ -1,0 +1,245 @@
+"""The reference decoder: RMSNorm, rotary attention with grouped key/value heads, gated MLP or top-k experts (flax NNX).
+
+It computes what transformers' Llama and Qwen3-MoE compute. Parameters are named and laid out for JAX: a linear kernel is
+``[in, out]``, the experts of a layer are one stack ``[experts, in, out]``. Their paths (``layers/0/attention/q_proj/kernel``)
+are what plans, partition specs and the checkpoint layout speak of.
+
+It runs on one device or with parameters sharded over a mesh of Auto axes; the compiler places the collectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from jaxfp4.models.config import DecoderConfig
+
+#: (x [N, D], probabilities [N, k], experts [N, k], gate [E, D, F], up [E, D, F], down [E, F, D]) -> [N, D]
+ExpertsFn = Callable[[Array, Array, Array, Array, Array, Array], Array]
+
+_KERNEL_INIT = nnx.initializers.lecun_normal()
+_STACK_INIT = nnx.initializers.lecun_normal(batch_axis=(0,))
+
+
+class Linear(nnx.Module):
+    """``x @ kernel`` without bias, computed in the type of `x`. Kernel ``[in, out]``."""
+
+    def __init__(self, features_in: int, features_out: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(_KERNEL_INIT(rngs.params(), (features_in, features_out), param_dtype))
+
+    def __call__(self, x: Array) -> Array:
+        return x @ self.kernel[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32, returned in the type of `x`."""
+
+    def __init__(self, features: int, eps: float, *, param_dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        normalised = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (normalised * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A row per token. Table ``[vocabulary, features]``."""
+
+    def __init__(self, vocabulary: int, features: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(features**-0.5)
+        self.embedding = nnx.Param(init(rngs.params(), (vocabulary, features), param_dtype))
+
+    def __call__(self, tokens: Array) -> Array:
+        return self.embedding[...][tokens]
+
+
+def rotary(x: Array, theta: float) -> Array:
+    """Rotates each head of `x` ``[batch, time, heads, head_dim]`` by its position, pairing element i with i + head_dim/2.
+
+    Pair i at position t turns by ``t * theta ** (-2 i / head_dim)``. Computed in float32, returned in the type of `x`.
+    """
+    time, half = x.shape[1], x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = jnp.arange(time, dtype=jnp.float32)[:, None] * frequency[None, :]
+    cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal attention; each key/value head serves ``num_attention_heads / num_key_value_heads`` query heads."""
+
+    def __init__(self, config: DecoderConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, queries, param_dtype=param_dtype, rngs=rngs)
+        self.k_proj = Linear(config.hidden_size, keys, param_dtype=param_dtype, rngs=rngs)
+        self.v_proj = Linear(config.hidden_size, keys, param_dtype=param_dtype, rngs=rngs)
+        self.o_proj = Linear(queries, config.hidden_size, param_dtype=param_dtype, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, param_dtype=param_dtype)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, param_dtype=param_dtype)
+        self.config = config
+
+    def __call__(self, x: Array) -> Array:
+        batch, time, _ = x.shape
+        head_dim, kv_heads = self.config.head_dim, self.config.num_key_value_heads
+        query = self.q_proj(x).reshape(batch, time, -1, head_dim)
+        key = self.k_proj(x).reshape(batch, time, kv_heads, head_dim)
+        value = self.v_proj(x).reshape(batch, time, kv_heads, head_dim)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotary(query, self.config.rope_theta), rotary(key, self.config.rope_theta)
+        query = query.reshape(batch, time, kv_heads, -1, head_dim)
+        scores = jnp.einsum("btkgd,bskd->bkgts", query, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+        causal = jnp.tril(jnp.ones((time, time), bool))
+        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(x.dtype)
+        mixed = jnp.einsum("bkgts,bskd->btkgd", weights, value)
+        return self.o_proj(mixed.reshape(batch, time, -1))
+
+
+class GatedMLP(nnx.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: DecoderConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        width, hidden = config.intermediate_size, config.hidden_size
+        self.gate_proj = Linear(hidden, width, param_dtype=param_dtype, rngs=rngs)
+        self.up_proj = Linear(hidden, width, param_dtype=param_dtype, rngs=rngs)
+        self.down_proj = Linear(width, hidden, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def routed_experts(x: Array, probabilities: Array, experts: Array, gate: Array, up: Array, down: Array) -> Array:
+    """Each row of `x` through the gated MLPs of its own k experts, summed with its routing probabilities.
+
+    The ``N * k`` (row, expert) pairs are sorted by expert, so that `jax.lax.ragged_dot` multiplies every expert's weight
+    with the rows routed to it and no others. An expert without rows contributes nothing.
+
+    Args:
+        x: ``[N, D]``.
+        probabilities: ``[N, k]``, in the type of `x`.
+        experts: ``[N, k]`` integers below ``E``.
+        gate, up: ``[E, D, F]``.
+        down: ``[E, F, D]``.
+
+    Returns:
+        ``[N, D]``, in the type of `x`.
+    """
+    rows, k = experts.shape
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    sizes = jnp.bincount(flat, length=gate.shape[0]).astype(jnp.int32)
+    routed = x[order // k]
+    hidden = jax.nn.silu(jax.lax.ragged_dot(routed, gate, sizes)) * jax.lax.ragged_dot(routed, up, sizes)
+    output = jax.lax.ragged_dot(hidden, down, sizes)
+    unsorted = output[jnp.argsort(order)].reshape(rows, k, -1)
+    return jnp.sum(unsorted * probabilities[:, :, None], axis=1)
+
+
+class Experts(nnx.Module):
+    """The stacked weights of a layer's experts: gate and up ``[E, D, F]``, down ``[E, F, D]``."""
+
+    def __init__(self, config: DecoderConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        count, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_proj = nnx.Param(_STACK_INIT(rngs.params(), (count, hidden, width), param_dtype))
+        self.up_proj = nnx.Param(_STACK_INIT(rngs.params(), (count, hidden, width), param_dtype))
+        self.down_proj = nnx.Param(_STACK_INIT(rngs.params(), (count, width, hidden), param_dtype))
+
+
+class MixtureOfExperts(nnx.Module):
+    """Top-k experts: float32 softmax over all experts, the k largest kept, rescaled to sum to one if the config says so."""
+
+    def __init__(self, config: DecoderConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.router = Linear(config.hidden_size, config.num_experts, param_dtype=param_dtype, rngs=rngs)
+        self.experts = Experts(config, param_dtype=param_dtype, rngs=rngs)
+        self.config = config
+
+    def route(self, x: Array, experts_fn: ExpertsFn) -> tuple[Array, Array]:
+        """``([N, D] output, [N, E] float32 routing probabilities)`` of the rows `x` ``[N, D]``."""
+        probabilities = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
+        kept, chosen = jax.lax.top_k(probabilities, self.config.num_experts_per_tok)
+        if self.config.norm_topk_prob:
+            kept = kept / jnp.sum(kept, axis=-1, keepdims=True)
+        weights = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
+        gate, up, down = (weight[...].astype(x.dtype) for weight in weights)
+        return experts_fn(x, kept.astype(x.dtype), chosen, gate, up, down), probabilities
+
+
+class DecoderLayer(nnx.Module):
+    """Attention, then MLP or experts, each on the RMS-normalised residual stream and added back to it."""
+
+    def __init__(self, config: DecoderConfig, layer: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
+        self.attention = Attention(config, param_dtype=param_dtype, rngs=rngs)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
+        mlp_class = MixtureOfExperts if config.is_moe_layer(layer) else GatedMLP
+        self.mlp: GatedMLP | MixtureOfExperts = mlp_class(config, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: Array, experts_fn: ExpertsFn) -> tuple[Array, Array | None]:
+        x = x + self.attention(self.input_norm(x))
+        normalised = self.post_attention_norm(x)
+        if isinstance(self.mlp, GatedMLP):
+            return x + self.mlp(normalised), None
+        output, probabilities = self.mlp.route(normalised.reshape(-1, x.shape[-1]), experts_fn)
+        return x + output.reshape(x.shape), probabilities
+
+
+class Decoder(nnx.Module):
+    """A causal language model: ``model(tokens int32 [batch, time]) -> logits float32 [batch, time, vocabulary]``.
+
+    Tokens outside the vocabulary follow JAX's gather rule (clamped); positions start at 0 in every row; there is no padding mask.
+
+    Args:
+        config: the sizes.
+        param_dtype: type of the (random) parameters made here.
+        dtype: type of the computation; by default that of the embedding table at the call. Norms, rotation, softmax and
+            routing probabilities are float32 whatever it is.
+        rngs: where the random initial parameters come from.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        param_dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.embed = Embedding(config.vocab_size, config.hidden_size, param_dtype=param_dtype, rngs=rngs)
+        self.layers = nnx.List(
+            [DecoderLayer(config, i, param_dtype=param_dtype, rngs=rngs) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, param_dtype=param_dtype, rngs=rngs)
+        self.config = config
+        self.dtype = dtype
+
+    def __call__(self, tokens: Array) -> Array:
+        return self.with_routing(tokens)[0]
+
+    def with_routing(self, tokens: Array, experts_fn: ExpertsFn = routed_experts) -> tuple[Array, tuple[Array, ...]]:
+        """The logits, and the float32 routing probabilities ``[batch * time, experts]`` of each layer that has experts.
+
+        `experts_fn` computes the experts; `routed_experts` says what it must return.
+        """
+        x = self.embed(tokens)
+        if self.dtype is not None:
+            x = x.astype(self.dtype)
+        routing = []
+        for layer in self.layers:
+            x, probabilities = layer(x, experts_fn)
+            if probabilities is not None:
+                routing.append(probabilities)
+        x = self.norm(x)
+        logits = x @ self.embed.embedding[...].astype(x.dtype).T if self.config.tie_word_embeddings else self.lm_head(x)
+        return logits.astype(jnp.float32), tuple(routing)
