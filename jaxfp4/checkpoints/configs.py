@@ -1,0 +1,166 @@
+"""The JSON files that tell a serving engine how a checkpoint is quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jaxfp4.formats import BLOCK_SIZE
+
+CONFIG_FILE = "config.json"
+MODELOPT_FILE = "hf_quant_config.json"
+MODELOPT = "modelopt"
+COMPRESSED_TENSORS = "compressed-tensors"
+FORMATS = (MODELOPT, COMPRESSED_TENSORS)
+
+_QUANTIZATION = "quantization_config"
+_PACK_FORMAT = "nvfp4-pack-quantized"
+_FP8_KV_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Modules:
+    """The checkpoint's modules by what was done to them, each list sorted."""
+
+    w4a4: list[str]
+    """NVFP4 weights with an input scale."""
+
+    w4a16: list[str]
+    """NVFP4 weights without."""
+
+    excluded: list[str]
+    """Not quantized, with a parameter of at least two dimensions."""
+
+
+def config_files(modules: Modules, source: Mapping[str, Any] | None, file_format: str) -> dict[str, dict[str, Any]]:
+    """File name -> content. `source` is the model's own config.json; its keys stay in front.
+
+    A key-value cache scheme that `source` declares as already quantized by Model-Optimizer is kept in that format.
+    """
+    source = dict(source or {})
+    if file_format == COMPRESSED_TENSORS:
+        return {CONFIG_FILE: {**source, _QUANTIZATION: _compressed_tensors(modules)}}
+    quantization = _modelopt(modules, _kv_scheme(source))
+    details = {
+        "quant_algo": quantization["quant_algo"],
+        "kv_cache_quant_algo": _kv_algorithm(quantization.get("kv_cache_scheme")),
+        "group_size": BLOCK_SIZE,
+        "exclude_modules": quantization["ignore"],
+    }
+    if "quantized_layers" in quantization:
+        details["quantized_layers"] = quantization["quantized_layers"]
+    return {
+        MODELOPT_FILE: {"producer": quantization["producer"], "quantization": details},
+        CONFIG_FILE: {**source, _QUANTIZATION: quantization},
+    }
+
+
+def refuse_unserializable(source: Mapping[str, Any] | None) -> None:
+    """ValueError if the model's config cannot be written as JSON."""
+    try:
+        json.dumps(source)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"config cannot be written as JSON ({error}): wanted the content of the model's config.json"
+        ) from None
+
+
+def read_config(directory: pathlib.Path) -> dict[str, Any]:
+    """The content of config.json; empty if there is no such file. ValueError if it holds no JSON object."""
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no valid JSON ({' '.join(str(error).split())}); restore the file") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a JSON {type(content).__name__}: wanted an object; restore the file")
+    return content
+
+
+def quant_method(config: Mapping[str, Any]) -> str | None:
+    """What config.json says about the format; None if it says nothing."""
+    quantization = config.get(_QUANTIZATION)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method if isinstance(method, str) else None
+
+
+def _producer() -> dict[str, str]:
+    return {"name": "jaxfp4", "version": importlib.metadata.version("jaxfp4")}
+
+
+def _modelopt(modules: Modules, kv_scheme: object) -> dict[str, Any]:
+    quantized_layers: dict[str, Any] = {}
+    if modules.w4a4 and modules.w4a16:
+        algorithm = "MIXED_PRECISION"
+        for name in sorted([*modules.w4a4, *modules.w4a16]):
+            quantized_layers[name] = {"quant_algo": "W4A16_NVFP4", "group_size": BLOCK_SIZE}
+        for name in modules.w4a4:
+            quantized_layers[name]["quant_algo"] = "NVFP4"
+    else:
+        algorithm = "NVFP4" if modules.w4a4 else "W4A16_NVFP4"
+    values = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK_SIZE}
+    groups = []
+    if modules.w4a4:
+        groups.append({"input_activations": dict(values), "weights": dict(values)})
+    if modules.w4a16:
+        groups.append({"weights": dict(values)})
+    return {
+        "config_groups": _with_targets(groups, modules),
+        **({"quantized_layers": quantized_layers} if quantized_layers else {}),
+        "ignore": modules.excluded,
+        "quant_algo": algorithm,
+        **({"kv_cache_scheme": kv_scheme} if kv_scheme is not None else {}),
+        "producer": _producer(),
+        "quant_method": MODELOPT,
+    }
+
+
+def _compressed_tensors(modules: Modules) -> dict[str, Any]:
+    weights = {
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": True,
+        "group_size": BLOCK_SIZE,
+        "strategy": "tensor_group",
+        "dynamic": False,
+        "scale_dtype": "torch.float8_e4m3fn",
+    }
+    inputs = {**weights, "dynamic": "local", "observer": "static_minmax"}
+    rest = {"output_activations": None, "format": _PACK_FORMAT}
+    groups: list[dict[str, Any]] = []
+    if modules.w4a4:
+        groups.append({"weights": dict(weights), "input_activations": inputs, **rest})
+    if modules.w4a16:
+        groups.append({"weights": dict(weights), "input_activations": None, **rest})
+    return {
+        "config_groups": _with_targets(groups, modules),
+        "format": _PACK_FORMAT,
+        "ignore": modules.excluded,
+        "kv_cache_scheme": None,
+        "quant_method": COMPRESSED_TENSORS,
+        "quantization_status": "compressed",
+    }
+
+
+def _with_targets(groups: list[dict[str, Any]], modules: Modules) -> dict[str, Any]:
+    """`group_0`, ..: one group is about all linear layers, several name their modules."""
+    targets = [modules.w4a4, modules.w4a16] if len(groups) > 1 else [["Linear"]]
+    return {
+        f"group_{i}": {**group, "targets": names} for i, (group, names) in enumerate(zip(groups, targets, strict=True))
+    }
+
+
+def _kv_scheme(source: Mapping[str, Any]) -> object:
+    if quant_method(source) != MODELOPT:
+        return None
+    return source[_QUANTIZATION].get("kv_cache_scheme")
+
+
+def _kv_algorithm(scheme: object) -> object:
+    return "FP8" if scheme == _FP8_KV_SCHEME else scheme

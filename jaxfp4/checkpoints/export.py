@@ -1,0 +1,244 @@
+"""Writes a tree of quantized parameters as a checkpoint that serving engines load."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxfp4.checkpoints import writer
+from jaxfp4.checkpoints.configs import COMPRESSED_TENSORS, FORMATS, Modules, config_files, refuse_unserializable
+from jaxfp4.checkpoints.names import TensorName, refuse_unmatched, resolve_name
+from jaxfp4.checkpoints.writer import PendingTensor
+from jaxfp4.formats import BLOCK_SIZE, LeafError, path_string
+from jaxfp4.tensors import NVFP4Tensor, QuantizedWeight
+
+_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+_FLOAT32 = np.dtype(np.float32)
+
+
+def export_checkpoint(
+    qparams: Any,
+    out_dir: str | os.PathLike[str],
+    *,
+    format: str = "modelopt",
+    names: Mapping[str, str | TensorName] | None = None,
+    config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Writes `qparams`, a tree of arrays and `QuantizedWeight`, to the new directory `out_dir`.
+
+    A `QuantizedWeight` becomes tensors of one 2-D weight `[N, K]`, whatever its axis order: K is its contraction,
+    flattened with the last axis minor, N all other axes, flattened. With `format="modelopt"` these are `MODULE.weight`
+    uint8 `[N, K/2]`, `MODULE.weight_scale` float8_e4m3fn `[N, K/16]`, `MODULE.weight_scale_2` float32 `[]` (the global
+    scale) and, if there is one, `MODULE.input_scale` float32 `[]`. With `format="compressed-tensors"` they are
+    `weight_packed`, `weight_scale`, `weight_global_scale` float32 `[1]` and `input_global_scale`, the last two IEEE
+    float32 reciprocals. Other arrays keep dtype and shape.
+
+    Args:
+        qparams: arrays of JAX, on any mesh all of whose devices belong to this process, or of numpy.
+        out_dir: must not exist, its parent must. It appears whole or, if anything fails, not at all.
+        format: "modelopt" (Model-Optimizer) or "compressed-tensors" (`nvfp4-pack-quantized`).
+        names: path of a leaf, components joined by '/', -> checkpoint module name or `TensorName`. A name with
+            `{layer}` or
+            `{expert}` writes each entry of the leading axes as tensors of its own, with its own global and input scale.
+            Leaves that are not mentioned are named after their path, see `jaxfp4.checkpoints.names.default_name`.
+        config: the content of the model's config.json, kept in front of the quantization's entry.
+        max_shard_bytes: several files of at most this size and an index; by default one `model.safetensors`.
+
+    Tensors are fetched from their devices, written and freed one by one: the host holds one at a time, of a stack one
+    entry.
+
+    Raises:
+        ValueError: unknown format; no quantized leaf; a contraction that is no multiple of 16; a `pre_scale`, which
+            engines
+            do not apply; a scale that is not positive and finite, or is not one value for each tensor written; two
+            tensors of the same name; `names` that match nothing or do not fit; an array that is not wholly on this
+            process's devices. The message begins with the leaf's path.
+        FileExistsError, FileNotFoundError, OSError: `out_dir` exists, its parent does not, or writing failed.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r}: wanted one of {', '.join(map(repr, FORMATS))}")
+    if max_shard_bytes is not None and max_shard_bytes <= 0:
+        raise ValueError(f"max_shard_bytes={max_shard_bytes}: wanted a positive number of bytes, or None for one file")
+    refuse_unserializable(config)
+    tensors, modules = _tensors_of(qparams, names or {}, format)
+    with writer.new_directory(pathlib.Path(out_dir)) as directory:
+        writer.write_tensors(directory, tensors, max_shard_bytes)
+        for file_name, content in config_files(modules, config, format).items():
+            writer.write_json(directory / file_name, content)
+
+
+def _tensors_of(
+    qparams: Any, names: Mapping[str, str | TensorName], file_format: str
+) -> tuple[list[PendingTensor], Modules]:
+    """All tensors to write, nothing but scalars fetched yet."""
+    leaves = [
+        (path_string(keys), leaf)
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(
+            qparams, is_leaf=lambda node: isinstance(node, QuantizedWeight)
+        )[0]
+    ]
+    refuse_unmatched(names, [path for path, _ in leaves])
+    owners: dict[str, str] = {}
+    tensors: list[PendingTensor] = []
+    quantized: dict[str, bool] = {}
+    excluded: set[str] = set()
+    for path, leaf in leaves:
+        if isinstance(leaf, QuantizedWeight):
+            _refuse_unservable(path, leaf)
+            name = resolve_name(path, leaf.weight.shape, names.get(path), quantized=True)
+            quantized.update((module, leaf.input_scale is not None) for _, module in name.modules(leaf.weight.shape))
+            new = list(_quantized_tensors(path, leaf, name, file_format))
+        else:
+            array = _whole_array(path, leaf)
+            name = resolve_name(path, array.shape, names.get(path), quantized=False)
+            new = list(_plain_tensors(path, array, name))
+            if array.ndim - len(name.stack_fields) >= 2:
+                excluded.update(module for _, module in name.modules(array.shape))
+        for tensor in new:
+            if tensor.name in owners:
+                raise LeafError(
+                    f"{path}: would be written as {tensor.name!r}, as {owners[tensor.name]} is: wanted one leaf for "
+                    "each tensor; give one of them another entry in names"
+                )
+            owners[tensor.name] = path
+        tensors += new
+    if not quantized:
+        raise ValueError("qparams holds no QuantizedWeight: wanted at least one; quantize the parameters first")
+    with_inputs = sorted(module for module, inputs in quantized.items() if inputs)
+    without_inputs = sorted(module for module, inputs in quantized.items() if not inputs)
+    return tensors, Modules(with_inputs, without_inputs, sorted(excluded - set(quantized)))
+
+
+def _refuse_unservable(path: str, leaf: QuantizedWeight) -> None:
+    weight = leaf.weight
+    length = int(np.prod(weight.sizes))
+    if length % BLOCK_SIZE or not length:
+        raise LeafError(
+            f"{path}: contraction of {length} values: wanted a positive multiple of {BLOCK_SIZE}, as serving engines "
+            "require; leave the weight unquantized"
+        )
+    if leaf.pre_scale is not None:
+        raise LeafError(
+            f"{path}: has a pre_scale, which serving engines refuse: wanted None; fold it into the layer in front first"
+        )
+    for part in jax.tree.leaves(leaf):
+        _whole_array(path, part)
+
+
+def _whole_array(path: str, leaf: Any) -> jax.Array | np.ndarray:
+    """The leaf, if all its values can be fetched here."""
+    if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, jax.core.Tracer):
+        raise LeafError(
+            f"{path}: a leaf of type {type(leaf).__name__}: wanted a JAX or numpy array, or a QuantizedWeight, outside "
+            "of jit"
+        )
+    if not writer.is_storable(leaf.dtype):
+        raise LeafError(f"{path}: dtype {leaf.dtype}: wanted one that safetensors has, such as bfloat16; cast it first")
+    if not _is_addressable(leaf):
+        raise LeafError(
+            f"{path}: lies partly on devices of other processes: wanted an array on this process's devices only; "
+            "gather it with jax.experimental.multihost_utils.process_allgather first"
+        )
+    return leaf
+
+
+def _is_addressable(array: jax.Array | np.ndarray) -> bool:
+    return isinstance(array, np.ndarray) or array.is_fully_addressable
+
+
+def _plain_tensors(path: str, array: jax.Array | np.ndarray, name: TensorName) -> Iterator[PendingTensor]:
+    stacked = len(name.stack_fields)
+    order = list(range(array.ndim - stacked))
+    if name.transpose:
+        order[-2:] = reversed(order[-2:])
+    shape = tuple(array.shape[stacked + axis] for axis in order)
+    for index, module in name.modules(array.shape):
+        full_name = f"{module}.{name.parameter}" if module else name.parameter
+        yield PendingTensor(full_name, np.dtype(array.dtype), shape, _fetcher(array, index, order, shape))
+
+
+def _quantized_tensors(path: str, leaf: QuantizedWeight, name: TensorName, file_format: str) -> Iterator[PendingTensor]:
+    weight = leaf.weight
+    stacked = len(name.stack_fields)
+    order = _matrix_order(path, weight, stacked, name)
+    length = int(np.prod(weight.sizes))
+    rows = int(np.prod(weight.shape[stacked:], dtype=np.int64)) // length
+    stack = weight.shape[:stacked]
+    global_scales = _scalars(path, "global scale", weight.global_scale, stack)
+    input_scales = None if leaf.input_scale is None else _scalars(path, "input scale", leaf.input_scale, stack)
+    for index, module in name.modules(weight.shape):
+        prefix = f"{module}." if module else ""
+        packed, scales = (rows, length // 2), (rows, length // BLOCK_SIZE)
+        compressed = file_format == COMPRESSED_TENSORS
+        yield PendingTensor(
+            prefix + ("weight_packed" if compressed else "weight"),
+            np.dtype(np.uint8),
+            packed,
+            _fetcher(weight.packed, index, order, packed),
+        )
+        yield PendingTensor(prefix + "weight_scale", _E4M3, scales, _fetcher(weight.scales, index, order, scales))
+        yield _scalar_tensor(
+            prefix + ("weight_global_scale" if compressed else "weight_scale_2"), global_scales[index], compressed
+        )
+        if input_scales is not None:
+            yield _scalar_tensor(
+                prefix + ("input_global_scale" if compressed else "input_scale"), input_scales[index], compressed
+            )
+
+
+def _matrix_order(path: str, weight: NVFP4Tensor, stacked: int, name: TensorName) -> list[int]:
+    """The axes of `packed` behind the stacked ones, outputs first and the contraction last."""
+    ndim = weight.packed.ndim - stacked
+    merged = weight.packed.ndim < len(weight.shape)
+    contraction = [ndim + axis for axis in (weight.axes[-1:] if merged else weight.axes)]
+    if len(weight.shape) - stacked + weight.axes[0] < 0:
+        raise LeafError(
+            f"{path}: shape {weight.shape} contracted over {weight.axes} for module name {name.module!r}: wanted "
+            "leading axes that are not contracted; correct the name"
+        )
+    return [*(axis for axis in range(ndim) if axis not in contraction), *contraction]
+
+
+def _scalars(path: str, what: str, values: jax.Array | np.ndarray, stack: tuple[int, ...]) -> np.ndarray:
+    """One float32 for each entry of the stack, from an array with some of the leading axes or size 1 in their place."""
+    host = np.asarray(values)
+    leading = host.shape[: len(stack)] + (1,) * (len(stack) - host.ndim)
+    fits = all(n in (1, wanted) for n, wanted in zip(leading, stack, strict=True)) and host.size == np.prod(leading)
+    if not fits or host.dtype != np.float32:
+        raise LeafError(
+            f"{path}: {what} of shape {host.shape} and dtype {host.dtype}: wanted one float32 for each tensor written, "
+            f"shape {stack}; a name with {{expert}} or {{layer}} writes a stack as several tensors"
+        )
+    unusable = ~(np.isfinite(host) & (host >= np.finfo(np.float32).tiny))
+    if unusable.any():
+        raise LeafError(
+            f"{path}: {what} {host[unusable][0]}: wanted a positive, normal and finite value; calibrate again, or "
+            "leave it out"
+        )
+    return np.broadcast_to(host.reshape(leading), stack)
+
+
+def _scalar_tensor(name: str, scale: np.float32, compressed: bool) -> PendingTensor:
+    value = np.float32(1) / scale if compressed else scale
+    shape = (1,) if compressed else ()
+    return PendingTensor(name, _FLOAT32, shape, lambda: np.full(shape, value, np.float32))
+
+
+def _fetcher(
+    array: jax.Array | np.ndarray, index: tuple[int, ...], order: list[int], shape: tuple[int, ...]
+) -> Callable[[], np.ndarray]:
+    return functools.partial(_fetch_reshaped, array, index, order, shape)
+
+
+def _fetch_reshaped(
+    array: jax.Array | np.ndarray, index: tuple[int, ...], order: list[int], shape: tuple[int, ...]
+) -> np.ndarray:
+    return writer.fetch(array, index, order).reshape(shape)
