@@ -60,7 +60,7 @@ def encode_scale(block_amax: Array, global_scale: Array) -> Array:
     )
     step = jnp.where(normal, exact.power_of_two(lower) * 2.0**-E4M3.mantissa_bits, E4M3.smallest)
     up = exact.rounds_up(numerator, lower + step / 2, unit_divisor, odd=code % 2 == 1)
-    code = jnp.minimum(code + up, _E4M3_NAN - 1)
+    code = jnp.minimum(code + up.astype(jnp.uint32), _E4M3_NAN - 1)
 
     zero = exact.rounds_to_zero(exact.magnitude_bits(block_amax), divisor)
     one = E4M3.magnitudes.tolist().index(1.0)
@@ -81,8 +81,9 @@ def decode_scale(codes: Array) -> Array:
 def encode_values(x: Array, scale: Array, global_scale: Array) -> Array:
     """E2M1 codes, uint8, of `x / (scale * global_scale)`, ties to the even code, saturating at 6.
 
-    -0.0 and a negative quotient that underflows give code 0; other negative values keep their sign, also when they round
-    to zero (0x8). NaN has no code: the caller sees it in the block scale. `scale` is float32 and broadcasts against x.
+    -0.0 and a negative quotient that underflows give code 0; other negative values keep their sign, also when they
+    round to zero (0x8). NaN has no code: the caller sees it in the block scale. `scale` is float32 and broadcasts
+    against x.
     """
     x = exact.to_float32(x)
     divisor = jnp.broadcast_to(scale * global_scale, x.shape)
@@ -95,9 +96,9 @@ def encode_values(x: Array, scale: Array, global_scale: Array) -> Array:
     index = jnp.zeros(x.shape, jnp.uint32)
     for boundary, step in _E2M1_STEPS:
         above = magnitude >= boundary * unit_divisor
-        index += above
+        index += above.astype(jnp.uint32)
         threshold += jnp.where(above, step, 0.0)
-    index += exact.rounds_up(magnitude, threshold, unit_divisor, odd=index % 2 == 1)
+    index += exact.rounds_up(magnitude, threshold, unit_divisor, odd=index % 2 == 1).astype(jnp.uint32)
 
     negative = (exact.as_bits(x) >> 31 == 1) & ~exact.rounds_to_zero(bits, divisor)
     return (index | jnp.where(negative, _SIGN, 0)).astype(jnp.uint8)

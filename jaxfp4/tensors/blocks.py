@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxfp4.formats import BLOCK_SIZE
@@ -16,9 +17,9 @@ from jaxfp4.formats import BLOCK_SIZE
 class Blocking:
     """Blocks of 16 along the flattened contraction of an array of `shape`, its last contraction axis minor.
 
-    If the last contraction axis is a multiple of 16, no block crosses it and the axes stay as they are. Otherwise several
-    contraction axes are merged into one at the place of the last of them. A contraction that is no multiple of 16 is
-    padded with zeros. `axes` are increasing and non-negative.
+    If the last contraction axis is a multiple of 16, no block crosses it and the axes stay as they are. Otherwise
+    several contraction axes are merged into one at the place of the last of them. A contraction that is no multiple of
+    16 is padded with zeros. `axes` are increasing and non-negative.
     """
 
     shape: tuple[int, ...]
@@ -70,7 +71,7 @@ class Blocking:
         return x.reshape(*x.shape[: self.axis], self.blocks, BLOCK_SIZE, *x.shape[self.axis + 1 :])
 
     def align(self, scale: Array) -> Array:
-        """A value for the tensor, or for each entry of its leading axes, in a shape that broadcasts with `to_blocks`."""
+        """A value for the tensor, or for each entry of its leading axes, shaped to broadcast with `to_blocks`."""
         scale = lax.expand_dims(scale, range(scale.ndim, len(self.shape)))
         if self.merged:
             scale = lax.squeeze(scale, self.axes[:-1])
@@ -78,7 +79,7 @@ class Blocking:
 
     def from_blocks(self, blocks: Array) -> Array:
         """The inverse of `to_blocks`, padding dropped."""
-        x = blocks.reshape(*blocks.shape[: self.axis], -1, *blocks.shape[self.axis + 2 :])
+        x = lax.collapse(blocks, self.axis, self.axis + 2)
         if x.shape[self.axis] != self.length:
             x = lax.slice_in_dim(x, 0, self.length, axis=self.axis)
         if not self.merged:
@@ -90,7 +91,7 @@ class Blocking:
 
 def normalize_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """Contraction axes as increasing non-negative numbers; ValueError if one is repeated or out of range."""
-    given = (axis,) if isinstance(axis, int) else tuple(axis)
+    given = (int(axis),) if isinstance(axis, int | np.integer) else tuple(axis)
     axes = tuple(sorted(a + ndim if a < 0 else a for a in given))
     if not axes or len(set(axes)) != len(axes) or not all(0 <= a < ndim for a in axes):
         raise ValueError(

@@ -124,6 +124,11 @@ def varying_axes(x: Array) -> AxisNames:
     return tuple(name for name in manual if name in varying)
 
 
+def enclosing_axes() -> AxisNames:
+    """All axes of the mesh in whose context the code is traced."""
+    return tuple(jax.sharding.get_abstract_mesh().axis_names)
+
+
 def max_over_mesh(x: Array, names: AxisNames) -> Array:
     """`lax.pmax` over the given axes; `x` itself if there are none, which some JAX versions refuse."""
     return lax.pmax(x, names) if names else x

@@ -23,8 +23,8 @@ from jaxfp4.tensors.blocks import Blocking
 class NVFP4Tensor:
     """A tensor in NVFP4: `value = (float32(scale) * global_scale) * e2m1`, one scale for 16 values of the contraction.
 
-    It is a pytree of three arrays, so it passes through jit, vmap, scan, `jax.device_put` and an `nnx.Param`. The rest is
-    static and counts axes from the end, so leading axes may be mapped or scanned over.
+    It is a pytree of three arrays, so it passes through jit, vmap, scan, `jax.device_put` and an `nnx.Param`. The rest
+    is static and counts axes from the end, so leading axes may be mapped or scanned over.
     """
 
     packed: Array
@@ -86,15 +86,17 @@ class NVFP4Tensor:
         return _dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype))
 
     def __repr__(self) -> str:
+        parts = {"packed": self.packed, "scales": self.scales, "global_scale": self.global_scale}
+        if not all(isinstance(part, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) for part in parts.values()):
+            # A tree of something else about the arrays, such as their shardings.
+            return f"NVFP4Tensor({', '.join(f'{name}={part!r}' for name, part in parts.items())})"
         values = int(np.prod(self.shape))
         bits = f"{8 * self.nbytes / values:.2f} bits/value" if values else "empty"
         axes = self.axes[0] if len(self.axes) == 1 else self.axes
         return f"NVFP4Tensor(shape={self.shape}, axis={axes}, dtype={np.dtype(self.dtype).name}, {bits})"
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["weight", "input_scale", "pre_scale"], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "input_scale", "pre_scale"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
     """A quantized parameter and what its contraction needs at run time."""

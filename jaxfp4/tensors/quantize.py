@@ -87,40 +87,30 @@ def fake_quantize(x: Array, axis: int | Sequence[int] = -1, *, global_amax: Arra
     """
     x = as_float_array(x)
     blocking = Blocking(x.shape, normalize_axes(axis, x.ndim))
-    return _straight_through(x, _amax_for(x, blocking, global_amax), blocking)
+    return _straight_through(x, _global_scale(_amax_for(x, blocking, global_amax)), blocking)
 
 
 def fake_quantize_with_scale(x: Array, axis: int | Sequence[int], global_scale: Array) -> Array:
     """As `fake_quantize` with the global scale itself, for activations whose scale was calibrated."""
     x = as_float_array(x)
     blocking = Blocking(x.shape, normalize_axes(axis, x.ndim))
-    return _straight_through_scale(x, global_scale, blocking)
+    return _straight_through(x, global_scale, blocking)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _straight_through(x: Array, amax: Array, blocking: Blocking) -> Array:
+def _straight_through(x: Array, global_scale: Array, blocking: Blocking) -> Array:
     layout = layout_of(x)
     if layout is None:
         refuse_cut_blocks(x, blocking)
-        return _fake_quantize(x, amax, blocking)
+        return _fake_quantize(x, global_scale, blocking)
     whole = layout.with_whole_blocks(blocking)
-    result = _fake_quantize_sharded(place(x, whole), _place_amax(amax, whole), blocking, whole)
+    result = _fake_quantize_sharded(place(x, whole), _place_amax(global_scale, whole), blocking, whole)
     return place(result, layout)
 
 
 @_straight_through.defjvp
 def _straight_through_jvp(blocking: Blocking, primals, tangents):  # type: ignore[no-untyped-def]
     return _straight_through(*primals, blocking), tangents[0]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _straight_through_scale(x: Array, global_scale: Array, blocking: Blocking) -> Array:
-    return _fake_quantize_blocks(x, global_scale, blocking)
-
-
-@_straight_through_scale.defjvp
-def _straight_through_scale_jvp(blocking: Blocking, primals, tangents):  # type: ignore[no-untyped-def]
-    return _straight_through_scale(*primals, blocking), tangents[0]
 
 
 def _amax_for(w: Array, blocking: Blocking, given: Array | float | None) -> Array:
@@ -131,8 +121,8 @@ def _amax_for(w: Array, blocking: Blocking, given: Array | float | None) -> Arra
     wanted = [n if a not in blocking.axes else 1 for a, n in enumerate(w.shape)]
     if amax.ndim not in (0, w.ndim) or any(n not in (1, wanted[a]) for a, n in enumerate(amax.shape)):
         raise ValueError(
-            f"global_amax of shape {amax.shape} for an array of shape {w.shape} contracted over {blocking.axes}: wanted "
-            f"a scalar or a shape that broadcasts to {tuple(wanted)}, such as global_amax(w, keep_axes=(0,)) gives"
+            f"global_amax of shape {amax.shape} for an array of shape {w.shape} contracted over {blocking.axes}: "
+            f"wanted a scalar or a shape that broadcasts to {tuple(wanted)}, as global_amax(w, keep_axes=(0,)) gives"
         )
     return amax
 
@@ -141,6 +131,9 @@ def _encode(blocks: Array, global_scale: Array, axis: int) -> Encoded:
     """The one quantizer: codes of `blocks` `[.., blocks, 16, ..]`, whose axis of 16 is `axis`."""
     scales = nvfp4.encode_scale(local_block_amax(blocks, axis), global_scale)
     return Encoded(nvfp4.encode_values(blocks, nvfp4.decode_scale(scales), global_scale), scales)
+
+
+_global_scale = jax.jit(nvfp4.global_scale)
 
 
 def _all_finite(scales: Array, global_scale: Array) -> Array:
@@ -152,37 +145,30 @@ def _quantize(w: Array, amax: Array, blocking: Blocking) -> tuple[Array, Array, 
     global_scale = nvfp4.global_scale(amax)
     encoded = _encode(blocking.to_blocks(w), blocking.align(global_scale), blocking.axis + 1)
     packed = nvfp4.pack(encoded.values, blocking.axis + 1)
-    packed = packed.reshape(*packed.shape[: blocking.axis], -1, *packed.shape[blocking.axis + 2 :])
+    packed = lax.collapse(packed, blocking.axis, blocking.axis + 2)
     scales = lax.bitcast_convert_type(jnp.squeeze(encoded.scales, blocking.axis + 1), jnp.float8_e4m3fn)
     return packed, scales, global_scale, _all_finite(encoded.scales, global_scale)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _quantize_sharded(
-    w: Array, amax: Array, blocking: Blocking, layout: Layout
-) -> tuple[Array, Array, Array, Array]:
-    def local(shard: Array, amax: Array) -> tuple[Array, Array, Array, Array]:
-        packed, scales, global_scale, finite = _quantize(shard, amax, Blocking(shard.shape, blocking.axes))
-        return packed, scales, global_scale, finite.reshape((1,) * len(layout.mesh.axis_names))
+def _quantize_sharded(w: Array, amax: Array, blocking: Blocking, layout: Layout) -> tuple[Array, Array, Array, Array]:
+    def local(shard: Array, amax: Array) -> tuple[Array, Array, Array]:
+        return _quantize(shard, amax, Blocking(shard.shape, blocking.axes))[:3]
 
     amax_spec = _amax_spec(amax, layout)
     codes_spec = layout.merged(blocking).spec
-    flags_spec = PartitionSpec(*layout.mesh.axis_names)
-    packed, scales, global_scale, finite = jax.shard_map(
+    packed, scales, global_scale = jax.shard_map(
         local,
         mesh=layout.mesh,
         in_specs=(layout.spec, amax_spec),
-        out_specs=(codes_spec, codes_spec, amax_spec, flags_spec),
+        out_specs=(codes_spec, codes_spec, amax_spec),
     )(w, amax)
-    return packed, scales, global_scale, jnp.all(finite)
+    codes = lax.bitcast_convert_type(scales, jnp.uint8)
+    return packed, scales, global_scale, _all_finite(codes, global_scale)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _fake_quantize(x: Array, amax: Array, blocking: Blocking) -> Array:
-    return _fake_quantize_blocks(x, nvfp4.global_scale(amax), blocking)
-
-
-def _fake_quantize_blocks(x: Array, global_scale: Array, blocking: Blocking) -> Array:
+def _fake_quantize(x: Array, global_scale: Array, blocking: Blocking) -> Array:
     axis = blocking.axis + 1
     global_scale = blocking.align(global_scale)
     encoded = _encode(blocking.to_blocks(x), global_scale, axis)
@@ -191,13 +177,13 @@ def _fake_quantize_blocks(x: Array, global_scale: Array, blocking: Blocking) -> 
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _fake_quantize_sharded(x: Array, amax: Array, blocking: Blocking, layout: Layout) -> Array:
-    def local(shard: Array, amax: Array) -> Array:
-        return _fake_quantize(shard, amax, Blocking(shard.shape, blocking.axes))
+def _fake_quantize_sharded(x: Array, global_scale: Array, blocking: Blocking, layout: Layout) -> Array:
+    def local(shard: Array, global_scale: Array) -> Array:
+        return _fake_quantize(shard, global_scale, Blocking(shard.shape, blocking.axes))
 
     return jax.shard_map(
-        local, mesh=layout.mesh, in_specs=(layout.spec, _amax_spec(amax, layout)), out_specs=layout.spec
-    )(x, amax)
+        local, mesh=layout.mesh, in_specs=(layout.spec, _amax_spec(global_scale, layout)), out_specs=layout.spec
+    )(x, global_scale)
 
 
 def _amax_spec(amax: Array, layout: Layout) -> PartitionSpec:

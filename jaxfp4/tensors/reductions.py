@@ -11,7 +11,7 @@ from jax import Array
 
 from jaxfp4.formats import BLOCK_SIZE, exact
 from jaxfp4.tensors.blocks import Blocking, normalize_axes
-from jaxfp4.tensors.mesh import AxisNames, Layout, layout_of, max_over_mesh, place, varying_axes
+from jaxfp4.tensors.mesh import AxisNames, Layout, enclosing_axes, layout_of, max_over_mesh, place, varying_axes
 
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -49,7 +49,8 @@ def global_amax(x: Array, *, keep_axes: Sequence[int] = (), axis_names: AxisName
     split the reduced dimensions. Inside your own shard_map it is `lax.pmax` over `axis_names`, by default all axes over
     which `x` varies; `axis_names` must be given there with `keep_axes`, as only you know which mesh axes split those.
 
-    >>> global_amax(jnp.array([[1.0, -3.0], [2.0, 0.0]])), global_amax(jnp.array([[1.0, -3.0], [2.0, 0.0]]), keep_axes=[0])
+    >>> w = jnp.array([[1.0, -3.0], [2.0, 0.0]])
+    >>> global_amax(w), global_amax(w, keep_axes=[0])
     (Array(3., dtype=float32), Array([[3.],
            [2.]], dtype=float32))
     """
@@ -61,9 +62,12 @@ def global_amax(x: Array, *, keep_axes: Sequence[int] = (), axis_names: AxisName
     varying = varying_axes(x)
     if axis_names is None and keep and varying:
         raise ValueError(
-            f"keep_axes={tuple(keep_axes)} inside a shard_map over {varying}: wanted axis_names, the mesh axes that split "
-            "the other dimensions; for experts split over 'ep' pass axis_names=('tp',)"
+            f"keep_axes={tuple(keep_axes)} inside a shard_map over {varying}: wanted axis_names, the mesh axes that "
+            "split the other dimensions; for experts split over 'ep' pass axis_names=('tp',)"
         )
+    unknown = [name for name in axis_names or () if varying and name not in enclosing_axes()]
+    if unknown:
+        raise ValueError(f"axis_names={axis_names!r} inside a shard_map: wanted axes of its mesh, {enclosing_axes()}")
     names = varying if axis_names is None else tuple(name for name in axis_names if name in varying)
     return max_over_mesh(_global_amax(x, keep), names)
 
