@@ -1,0 +1,224 @@
+"""The safetensors files that are written, and the directory around them."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from golden_models import mesh
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxfp4.checkpoints import open_checkpoint, writer
+from jaxfp4.checkpoints.safetensors_file import DTYPES
+from jaxfp4.checkpoints.writer import PendingTensor, fetch, new_directory, write_tensors
+
+
+def pending(name, values):
+    return PendingTensor(name, values.dtype, values.shape, lambda: values)
+
+
+def some_tensors():
+    rng = np.random.default_rng(0)
+    return {
+        f"t.{name}.{shape}": rng.integers(0, 2, shape).astype(dtype)
+        for name, dtype in DTYPES.items()
+        for shape in [(), (0, 3), (3, 5)]
+    }
+
+
+def test_every_dtype_and_shape_reads_back(tmp_path):
+    tensors = some_tensors()
+    write_tensors(tmp_path, [pending(name, values) for name, values in tensors.items()])
+    checkpoint = open_checkpoint(tmp_path)
+    assert sorted(checkpoint.names()) == sorted(tensors)
+    for name, values in tensors.items():
+        read = checkpoint.tensor(name)
+        assert (read.dtype, read.shape, read.tobytes()) == (values.dtype, values.shape, values.tobytes())
+
+
+def test_the_file_equals_that_of_the_safetensors_library(tmp_path):
+    rng = np.random.default_rng(0)
+    dtypes = ["F64", "I64", "F32", "I32", "BF16", "F16", "I16", "U8", "I8", "BOOL", "U16", "U32", "U64"]
+    tensors = {
+        f"{prefix}.{name}": rng.integers(0, 2, (3, 2)).astype(DTYPES[name])
+        for name in dtypes
+        for prefix in ("é", "a", "b")
+    }
+    write_tensors(tmp_path, [pending(name, values) for name, values in tensors.items()])
+    assert (tmp_path / "model.safetensors").read_bytes() == safetensors.numpy.save(tensors, {"format": "pt"})
+
+
+def test_shards_hold_at_most_the_limit_and_have_an_index(tmp_path):
+    tensors = {f"m.{i:02d}.weight": np.full((4, i + 1), i, np.float32) for i in range(10)}
+    write_tensors(tmp_path, [pending(name, values) for name, values in reversed(tensors.items())], max_shard_bytes=130)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    assert index["metadata"]["total_size"] == sum(values.nbytes for values in tensors.values())
+    sizes = {file: [tensors[n].nbytes for n, f in index["weight_map"].items() if f == file] for file in files}
+    assert all(sum(size) <= 130 or len(size) == 1 for size in sizes.values())
+    assert list(index["weight_map"]) == sorted(tensors)
+    checkpoint = open_checkpoint(tmp_path)
+    for name, values in tensors.items():
+        np.testing.assert_array_equal(checkpoint.tensor(name), values)
+
+
+def test_a_limit_that_everything_fits_in_gives_one_file(tmp_path):
+    write_tensors(tmp_path, [pending("a", np.zeros(4, np.float32))], max_shard_bytes=16)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_tensors_are_fetched_one_at_a_time(tmp_path):
+    alive, most = set(), 0
+
+    class Tracked(np.ndarray):
+        def __del__(self):
+            alive.discard(id(self))
+
+    def fetcher():
+        nonlocal most
+        values = np.zeros((8, 8), np.float32).view(Tracked)
+        alive.add(id(values))
+        most = max(most, len(alive))
+        return values
+
+    write_tensors(tmp_path, [PendingTensor(str(i), np.dtype(np.float32), (8, 8), fetcher) for i in range(5)])
+    assert most == 1
+
+
+def test_a_tensor_that_breaks_its_announcement_is_refused(tmp_path):
+    tensor = PendingTensor("a.weight", np.dtype(np.float32), (2,), lambda: np.zeros(3, np.float32))
+    with pytest.raises(ValueError, match=r"'a.weight' came as float32 \(3,\): wanted float32 \(2,\), as announced"):
+        write_tensors(tmp_path, [tensor])
+
+
+SPECS = [(None, None, None), ("ep", None, "tp"), ("tp", "ep", None), (None, ("tp", "ep"), None), ("ep", "tp", None)]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("spec", SPECS)
+def test_fetch_gives_any_slice_in_any_order_from_any_sharding(monkeypatch, spec, on_device):
+    if on_device:  # the way for accelerators: slice there, copy the slice
+        monkeypatch.setattr(writer, "_in_host_memory", lambda piece: False)
+    values = np.arange(4 * 8 * 12, dtype=np.float32).reshape(4, 8, 12).astype(ml_dtypes.float8_e4m3fn)
+    array = jax.device_put(values, NamedSharding(mesh(tp=4, ep=2), PartitionSpec(*spec)))
+    for index, order in [
+        ((), (0, 1, 2)),
+        ((), (2, 0, 1)),
+        ((3,), (1, 0)),
+        ((0,), (0, 1)),
+        ((2, 5), (0,)),
+        ((1, 7, 9), ()),
+    ]:
+        wanted = np.asarray(values[index]).transpose(order).copy(order="C")
+        for source in (array, values):
+            found = fetch(source, index, order)
+            assert found.flags.c_contiguous
+            assert (found.dtype, found.shape, found.tobytes()) == (wanted.dtype, wanted.shape, wanted.tobytes())
+
+
+def test_fetch_leaves_no_copy_cached_with_the_array(monkeypatch):
+    monkeypatch.setattr(writer, "_in_host_memory", lambda piece: False)
+    array = jax.device_put(jnp.arange(32.0), NamedSharding(mesh(tp=8), PartitionSpec("tp")))
+    fetch(array, (), (0,))
+    arrays = [array, *(shard.data for shard in array.addressable_shards)]
+    assert all(a._npy_value is None for a in arrays)
+
+
+def test_the_directory_appears_when_all_is_written(tmp_path):
+    out = tmp_path / "out"
+    with new_directory(out) as partial:
+        (partial / "file").write_text("x")
+        assert not out.exists()
+        assert partial.parent == tmp_path
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (out / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, ValueError])
+def test_nothing_is_left_after_an_error(tmp_path, error):
+    with pytest.raises(error, match="stop"), new_directory(tmp_path / "out") as partial:
+        (partial / "file").write_text("x")
+        raise error("stop")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_directory_file_or_dangling_link_is_refused(tmp_path):
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("directory", "file", "link"):
+        with (
+            pytest.raises(
+                FileExistsError, match=f"{name} exists already: wanted a directory to create; remove it or name"
+            ),
+            new_directory(tmp_path / name),
+        ):
+            pass
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_missing_parent_is_refused(tmp_path):
+    with (
+        pytest.raises(
+            FileNotFoundError, match="none is no directory: wanted an existing one to create 'out' in; create it"
+        ),
+        new_directory(tmp_path / "none" / "out"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_appears_meanwhile_is_kept(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match=r"out: writing failed: Directory not empty"), new_directory(out) as partial:
+        (partial / "file").write_text("new")
+        out.mkdir()
+        (out / "file").write_text("old")
+    assert (out / "file").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_gives_one_line_and_leaves_nothing(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with (
+            pytest.raises(
+                OSError, match=r"out: writing failed: File too large .*; nothing was left behind; make room"
+            ) as caught,
+            new_directory(tmp_path / "out") as partial,
+        ):
+            write_tensors(partial, [pending("a", np.zeros(4096, np.float32))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_os_error_without_a_number_passes_through(tmp_path):
+    with pytest.raises(OSError, match=r"^no number$"), new_directory(tmp_path / "out"):
+        raise OSError("no number")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_process_leaves_no_target(tmp_path):
+    program = f"""
+import os, pathlib, signal
+from jaxfp4.checkpoints.writer import new_directory
+with new_directory(pathlib.Path({str(tmp_path / "out")!r})) as partial:
+    (partial / "model.safetensors").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
