@@ -262,22 +262,28 @@ class _Placed:
 
     def fit(self, name: str, shape: tuple[int, ...], what: str = "the array") -> _Placed:
         """This, if the sharding divides the shape; else ValueError if strict, replicated if not."""
-        if self.sharding is None:
+        if self.sharding is None or _divides(self.sharding, shape):
             return self
-        try:
-            self.sharding.shard_shape(shape)
-        except ValueError as error:
-            if self.strict:
-                raise ValueError(
-                    f"shardings[{_path(name)!r}] is {self.sharding}, which does not divide {what} of shape {shape}: "
-                    f"wanted equal whole parts; split another dimension ({' '.join(str(error).split())})"
-                ) from error
-            return self.replicated()
-        return self
+        if self.strict:
+            raise ValueError(
+                f"shardings[{_path(name)!r}] is {self.sharding}, which does not divide {what} of shape {shape}: wanted "
+                "equal whole parts; split another dimension"
+            )
+        return self.replicated()
 
     def fit_weight(self, name: str, shape: tuple[int, ...]) -> _Placed:
         """As `fit` for a weight `[N, K]`, of which no block of 16 along K may be cut."""
         return self.fit(name, shape).fit(name, (shape[0], shape[1] // BLOCK_SIZE), "the block scales")
+
+
+def _divides(sharding: Sharding, shape: tuple[int, ...]) -> bool:
+    if isinstance(sharding, NamedSharding) and len(sharding.spec) > len(shape):
+        return False
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return False
+    return True
 
 
 class _Placement:
