@@ -1,1 +1,28 @@
-"""NVFP4 post-training quantization for JAX and Flax models whose parameters live sharded on a mesh."""
+"""NVFP4 post-training quantization for JAX and Flax models whose parameters live sharded on a mesh.
+
+The same bytes on every mesh: packed codes, block scales and global scales are reductions over the logical tensors.
+"""
+
+import importlib.metadata
+
+from jaxfp4 import recipes as recipes
+from jaxfp4.algorithms import calibrate as calibrate
+from jaxfp4.algorithms import digest as digest
+from jaxfp4.algorithms import make_calibrate_fn as make_calibrate_fn
+from jaxfp4.algorithms import quantize_params as quantize_params
+from jaxfp4.algorithms import quantized as quantized
+from jaxfp4.algorithms import unseen_experts as unseen_experts
+from jaxfp4.recipes import Plan as Plan
+from jaxfp4.recipes import Recipe as Recipe
+from jaxfp4.recipes import Role as Role
+from jaxfp4.recipes import Rule as Rule
+from jaxfp4.recipes import Scheme as Scheme
+from jaxfp4.recipes import plan as plan
+from jaxfp4.tensors import NVFP4Tensor as NVFP4Tensor
+from jaxfp4.tensors import QuantizedWeight as QuantizedWeight
+from jaxfp4.tensors import block_amax as block_amax
+from jaxfp4.tensors import fake_quantize as fake_quantize
+from jaxfp4.tensors import global_amax as global_amax
+from jaxfp4.tensors import quantize as quantize
+
+__version__ = importlib.metadata.version("jaxfp4")

@@ -132,3 +132,9 @@ def enclosing_axes() -> AxisNames:
 def max_over_mesh(x: Array, names: AxisNames) -> Array:
     """`lax.pmax` over the given axes; `x` itself if there are none, which some JAX versions refuse."""
     return lax.pmax(x, names) if names else x
+
+
+def replicated(x: Array) -> Array:
+    """A small array on every device of its mesh, so that arrays split in different ways can be combined."""
+    layout = layout_of(x)
+    return x if layout is None else place(x, layout.restricted(()))

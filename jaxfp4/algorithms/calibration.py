@@ -1,0 +1,146 @@
+"""Collecting statistics of activations, and the input scales that follow from them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sized
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from rich.progress import track
+
+from jaxfp4.algorithms.inputs import leaves_for, tracked_inputs
+from jaxfp4.formats import LeafError, nvfp4
+from jaxfp4.recipes.plan import Plan, PlannedWeight
+from jaxfp4.transform.evaluate import evaluate
+from jaxfp4.transform.scope import Hooks
+from jaxfp4.transform.trace import ApplyFn, trace
+
+Stats = dict[str, Array]
+CalibrateFn = Callable[..., Stats]
+
+log = logging.getLogger("jaxfp4")
+
+
+def observed(apply_fn: ApplyFn, plan: Plan) -> Callable[..., tuple[Any, Stats]]:
+    """`(params, *args) -> (apply_fn(params, *args), stats)`: the outputs unchanged, and what the plan's weights met.
+
+    A statistic is a reduction over the logical activation: for an absolute maximum `max(abs(x))`, for each layer and
+    expert of a stack. NaN stays NaN. Experts that met no token have the neutral element, 0.
+    """
+
+    def observed_fn(params: Any, *args: Any) -> tuple[Any, Stats]:
+        leaves = leaves_for(plan, params)
+        traced = trace(apply_fn, leaves, args)
+        inputs = [*tracked_inputs(plan, leaves, plan.observed), *jax.tree.leaves(args)]
+        results, seen = evaluate(traced.body, inputs, Hooks(statistic=plan.statistic))
+        stats = {e.path: seen[e.weight.leaf] for e in plan.observed if e.weight.leaf in seen}
+        return jax.tree.unflatten(traced.out_tree, results), {**plan.init_stats(), **stats}
+
+    return observed_fn
+
+
+def make_calibrate_fn(apply_fn: ApplyFn, plan: Plan) -> CalibrateFn:
+    """A jitted `(params, stats, *args) -> stats` that merges what one batch shows into the statistics.
+
+    It compiles once for each shape of the arguments, and computes the forward pass only as far as the last statistic
+    needs it. Works on parameters with any sharding; the reductions across devices are the compiler's, over the whole
+    batch. Start with `plan.init_stats()`.
+    """
+    observed_fn = observed(apply_fn, plan)
+
+    @jax.jit
+    def calibrate_fn(params: Any, stats: Stats, *args: Any) -> Stats:
+        _refuse_wrong_stats(plan, stats)
+        _, seen = observed_fn(params, *args)
+        return {path: plan.statistic.merge(state, seen[path]) for path, state in stats.items()}
+
+    return calibrate_fn
+
+
+def calibrate(apply_fn: ApplyFn, params: Any, batches: Iterable[Any], plan: Plan, *, progress: bool = True) -> Stats:
+    """Statistics over all batches, with a progress bar. A batch is the tuple of arguments, or the one argument.
+
+    Raises ValueError if there is no batch, and `LeafError` with the path of the first weight whose activations held NaN
+    or Inf. Experts that no token reached are logged as a warning by path; they get their layer's shared scale.
+    """
+    calibrate_fn = make_calibrate_fn(apply_fn, plan)
+    stats, count = plan.init_stats(), 0
+    total = len(batches) if isinstance(batches, Sized) else None
+    for batch in track(batches, "calibrating", total=total, disable=not progress, transient=True):
+        stats = calibrate_fn(params, stats, *(batch if isinstance(batch, tuple) else (batch,)))
+        count += 1
+    if not count:
+        raise ValueError("batches is empty: wanted at least one batch of calibration data")
+    _refuse_non_finite(stats)
+    for path, experts in unseen_experts(plan, stats).items():
+        log.warning("%s: no token reached experts %s; they get their layer's shared scale", path, experts)
+    return stats
+
+
+def input_scales(plan: Plan, stats: Stats | None) -> dict[str, Array]:
+    """By path, the float32 global scale of each weight's activation: `[]`, or `[L]` for a stack of layers.
+
+    `max` of the amaxes over experts and siblings, divided by 2688. Without statistics there are none. Raises ValueError
+    for statistics of another plan, and `LeafError` where they hold NaN or Inf, or only zeros for a layer.
+    """
+    if stats is None:
+        return {}
+    _refuse_wrong_stats(plan, stats)
+    traced = any(isinstance(state, jax.core.Tracer) for state in stats.values())
+    if not traced:
+        _refuse_non_finite(stats)
+    amaxes = {e.path: _over_experts(e, stats[e.path]) for e in plan.observed}
+    scales = {}
+    for entry in plan.observed:
+        members = [amaxes[other.path] for other in plan.siblings(entry) if other.path in amaxes]
+        amax = functools.reduce(jnp.maximum, members)
+        if not traced and not np.all(np.asarray(amax) > 0):
+            layers = [i for i in np.argwhere(np.asarray(amax) == 0).tolist() if i]
+            where = f" in layers {[i[0] for i in layers]}" if layers else ""
+            raise LeafError(
+                f"{entry.path}: its activations were all zero{where} in calibration: wanted some data to reach it; "
+                "calibrate on other batches, or leave its activations unquantized with a W4A16 rule"
+            )
+        scales[entry.path] = nvfp4.global_scale(amax)
+    return scales
+
+
+def unseen_experts(plan: Plan, stats: Mapping[str, Array]) -> dict[str, list[Any]]:
+    """By path, the experts whose activations were nothing or zeros: `[3]`, or `[[layer, 3]]` in a stack of layers."""
+    result = {}
+    for entry in plan.observed:
+        if entry.weight.expert_axes:
+            missing = np.argwhere(np.asarray(stats[entry.path]) == 0)
+            if len(missing):
+                result[entry.path] = (missing[:, 0] if missing.shape[1] == 1 else missing).tolist()
+    return result
+
+
+def _over_experts(entry: PlannedWeight, amax: Array) -> Array:
+    stack = entry.weight.stack_axes
+    return jnp.max(amax, [stack.index(a) for a in entry.weight.expert_axes])
+
+
+def _refuse_wrong_stats(plan: Plan, stats: Stats) -> None:
+    wanted = {e.path: e.weight.sizes(e.weight.stack_axes) for e in plan.observed}
+    if set(stats) != set(wanted):
+        odd = sorted(set(stats) ^ set(wanted))[0]
+        state = "missing from" if odd in wanted else "unknown in"
+        raise ValueError(f"stats of another plan: {odd!r} is {state} them; start with plan.init_stats()")
+    for path, shape in wanted.items():
+        if stats[path].shape != shape:
+            raise LeafError(f"{path}: statistics of shape {stats[path].shape}: wanted {shape}; use plan.init_stats()")
+
+
+def _refuse_non_finite(stats: Stats) -> None:
+    for path, state in stats.items():
+        if not np.all(np.isfinite(np.asarray(state))):
+            raise LeafError(
+                f"{path}: its activations hold NaN or Inf: wanted finite calibration data; check the batches and that "
+                "the model's own outputs are finite"
+            )

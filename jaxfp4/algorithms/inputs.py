@@ -1,0 +1,52 @@
+"""Parameters matched with a plan, and handed to the evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxfp4.formats import LeafError
+from jaxfp4.recipes.plan import Plan, PlannedWeight
+from jaxfp4.tensors import QuantizedWeight
+from jaxfp4.transform.scope import Value
+from jaxfp4.transform.sites import Tracked
+from jaxfp4.transform.trace import Leaves, leaves_of
+from jaxfp4.transform.views import whole
+
+
+def leaves_for(plan: Plan, params: Any) -> Leaves:
+    """The leaves of parameters that the plan was made for; `LeafError` if a weight is missing, moved or reshaped."""
+    leaves = leaves_of(params)
+    for entry in plan.entries:
+        weight = entry.weight
+        found = leaves.paths[weight.leaf] if weight.leaf < len(leaves.paths) else "nothing"
+        if found != weight.path:
+            raise LeafError(
+                f"{weight.path}: params has {found!r} in its place; wanted the tree that the plan was made for"
+            )
+        shape = _shape(leaves.values[weight.leaf])
+        if shape != weight.shape:
+            raise LeafError(f"{weight.path}: shape {shape}: wanted {weight.shape}, as in the plan")
+    return leaves
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.weight.shape if isinstance(value, QuantizedWeight) else value.shape)
+
+
+def tracked_inputs(plan: Plan, leaves: Leaves, entries: Sequence[PlannedWeight]) -> list[Value]:
+    """The leaves as inputs of the evaluation, those of `entries` tracked to their contractions."""
+    tracked = {entry.weight.leaf: entry for entry in entries}
+    return [_tracked(tracked[i], v) if i in tracked else v for i, v in enumerate(leaves.values)]
+
+
+def _tracked(entry: PlannedWeight, value: Any) -> Tracked:
+    weight = entry.weight
+    stack = {a: weight.shape[a] for a in weight.stack_axes}
+    view = whole(weight.leaf, weight.shape)
+    if not isinstance(value, QuantizedWeight):
+        return Tracked(value, view, stack, weight.layer_axes, {})
+    scales = {"input_scale": value.input_scale, "pre_scale": value.pre_scale}
+    return Tracked(
+        value.weight, view, stack, weight.layer_axes, {name: s for name, s in scales.items() if s is not None}
+    )

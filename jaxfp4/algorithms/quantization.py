@@ -1,0 +1,63 @@
+"""Parameters, statistics and a plan in, quantized parameters out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax import Array
+
+from jaxfp4.algorithms.calibration import Stats, input_scales
+from jaxfp4.algorithms.inputs import leaves_for
+from jaxfp4.algorithms.maximum import shared_amaxes
+from jaxfp4.formats import LeafError
+from jaxfp4.formats.errors import leaf as naming_leaf
+from jaxfp4.recipes.plan import Plan, PlannedWeight
+from jaxfp4.tensors import QuantizedWeight, quantize_deferred
+
+
+def quantize_params(params: Any, plan: Plan, stats: Stats | None = None) -> Any:
+    """`params` with a `QuantizedWeight` in the place of each weight that the plan quantizes; same tree otherwise.
+
+    Packed codes, block scales and global scales are the same bits for every sharding of `params`. Input scales come
+    from `stats`; without them weights are quantized all the same, and `quantized` takes the scale of W4A4 activations
+    from each activation as it comes. Weights keep their sharding and are quantized one after the other.
+
+    Raises `LeafError` with the path of a weight that holds NaN or Inf, that is not as in the plan, or whose
+    statistics are unusable. Under jit non-finite weights cannot be reported; they dequantize to NaN.
+    """
+    leaves = leaves_for(plan, params)
+    arrays = {e.path: leaves.values[e.weight.leaf] for e in plan.quantized}
+    scales = input_scales(plan, stats)
+    quantized: dict[int, QuantizedWeight] = {}
+    finite: dict[str, Array] = {}
+    for group in _sibling_groups(plan):
+        amaxes = shared_amaxes(plan, group, arrays)
+        for entry in group:
+            with naming_leaf(entry.path):
+                tensor, finite[entry.path] = quantize_deferred(
+                    arrays[entry.path], entry.weight.contracted, global_amax=amaxes[entry.path]
+                )
+            quantized[entry.weight.leaf] = QuantizedWeight(tensor, scales.get(entry.path))
+    _refuse_non_finite(finite)
+    return leaves.rebuilt([quantized.get(i, value) for i, value in enumerate(leaves.values)])
+
+
+def _sibling_groups(plan: Plan) -> list[tuple[PlannedWeight, ...]]:
+    """The quantized entries, each in exactly one group."""
+    groups: list[tuple[PlannedWeight, ...]] = []
+    seen: set[str] = set()
+    for entry in plan.quantized:
+        if entry.path not in seen:
+            groups.append(plan.siblings(entry))
+            seen.update(e.path for e in groups[-1])
+    return groups
+
+
+def _refuse_non_finite(finite: dict[str, Array]) -> None:
+    """All flags are read together at the end, so that no weight waits for another."""
+    if any(isinstance(flag, jax.core.Tracer) for flag in finite.values()):
+        return
+    for path, flag in jax.device_get(finite).items():
+        if not flag:
+            raise LeafError(f"{path}: it or a sibling holds NaN or Inf: wanted finite weights; repair or exclude it")

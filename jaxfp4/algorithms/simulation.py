@@ -1,0 +1,67 @@
+"""A model's function with the plan's numerics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxfp4.algorithms.inputs import leaves_for, tracked_inputs
+from jaxfp4.recipes.plan import Plan, Scheme
+from jaxfp4.tensors.quantize import fake_quantize, fake_quantize_with_scale
+from jaxfp4.transform.evaluate import evaluate
+from jaxfp4.transform.scope import Hooks
+from jaxfp4.transform.sites import Meeting
+from jaxfp4.transform.trace import ApplyFn, trace
+
+
+def quantized(apply_fn: ApplyFn, plan: Plan) -> Callable[..., Any]:
+    """A jitted `(qparams, *args) -> outputs`: `apply_fn` with quantized weights and, for W4A4, quantized activations.
+
+    Weights are dequantized where they are contracted, layer by layer in a scan. Activations are quantized along the
+    contraction with the calibrated input scale and dequantized before the product, with a straight-through gradient; a
+    W4A4 weight without input scale takes the amax of the activation at hand. Nothing else changes.
+    """
+    schemes = {entry.weight.leaf: entry.scheme for entry in plan.quantized}
+
+    def replace_activation(meeting: Meeting) -> Array:
+        activation = _pre_scaled(meeting)
+        if schemes[meeting.leaf] is not Scheme.W4A4:
+            return activation
+        return _quantize_activation(activation, meeting.activation_dimensions, meeting.weight.scale("input_scale"))
+
+    @jax.jit
+    def quantized_fn(qparams: Any, *args: Any) -> Any:
+        leaves = leaves_for(plan, qparams)
+        traced = trace(apply_fn, leaves, args)
+        inputs = [*tracked_inputs(plan, leaves, plan.quantized), *jax.tree.leaves(args)]
+        results, _ = evaluate(traced.body, inputs, Hooks(replace_activation=replace_activation))
+        return jax.tree.unflatten(traced.out_tree, results)
+
+    return quantized_fn
+
+
+def _pre_scaled(meeting: Meeting) -> Array:
+    """The activation with its channels multiplied by the weight's `pre_scale`, in its own dtype."""
+    pre_scale, activation = meeting.weight.scale("pre_scale"), meeting.activation
+    if pre_scale is None:
+        return activation
+    dimensions = meeting.activation_dimensions
+    shape = [activation.shape[d] for d in dimensions]
+    order = sorted(range(len(shape)), key=lambda i: dimensions[i])
+    factors = jnp.transpose(pre_scale.reshape(shape), order)
+    others = [d for d in range(activation.ndim) if d not in dimensions]
+    return (activation * jax.lax.expand_dims(factors, others)).astype(activation.dtype)
+
+
+def _quantize_activation(x: Array, dimensions: tuple[int, ...], scale: Array | None) -> Array:
+    """Fake-quantized along `dimensions`, flattened in this order, which is that of the weight."""
+    order = [d for d in range(x.ndim) if d not in dimensions] + list(dimensions)
+    in_order = list(dimensions) == sorted(dimensions)
+    moved, axes = (x, dimensions) if in_order else (jnp.transpose(x, order), range(x.ndim - len(dimensions), x.ndim))
+    axes = tuple(axes)
+    result = fake_quantize(moved, axes) if scale is None else fake_quantize_with_scale(moved, axes, scale)
+    return result if in_order else jnp.transpose(result, [order.index(d) for d in range(x.ndim)])

@@ -1,0 +1,208 @@
+"""A recipe applied to a model: for every weight what happens to it, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax import Array
+from rich.console import Console
+from rich.table import Table
+
+from jaxfp4.formats.errors import leaf as naming_leaf
+from jaxfp4.recipes.recipe import ExpertScale, Recipe, Rule, Scheme, get
+from jaxfp4.tensors.blocks import normalize_axes
+from jaxfp4.transform.statistics import AbsoluteMaximum, Statistic
+from jaxfp4.transform.trace import ApplyFn, leaves_of
+from jaxfp4.transform.weights import Role, Weight, find_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedWeight:
+    """A weight with the scheme decided for it, and why it has none."""
+
+    weight: Weight
+    scheme: Scheme
+    reason: str = ""
+
+    @property
+    def path(self) -> str:
+        """Where the weight is in the parameter tree."""
+        return self.weight.path
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weight becomes NVFP4."""
+        return self.scheme is not Scheme.NONE
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Plan:
+    """What happens to each weight of a model. `print(plan)` is a table."""
+
+    recipe: Recipe
+    entries: tuple[PlannedWeight, ...]
+
+    @functools.cached_property
+    def by_path(self) -> Mapping[str, PlannedWeight]:
+        """The entries by path."""
+        return {entry.path: entry for entry in self.entries}
+
+    @property
+    def quantized(self) -> tuple[PlannedWeight, ...]:
+        """The entries that become NVFP4, in the order of the tree."""
+        return tuple(entry for entry in self.entries if entry.quantized)
+
+    @property
+    def observed(self) -> tuple[PlannedWeight, ...]:
+        """The entries whose activation is quantized too and so must be calibrated."""
+        return tuple(entry for entry in self.entries if entry.scheme is Scheme.W4A4)
+
+    @property
+    def statistic(self) -> Statistic:
+        """What calibration collects."""
+        return AbsoluteMaximum()
+
+    def init_stats(self) -> dict[str, Array]:
+        """Statistics before the first batch: by path, an array over the stack axes of the weight."""
+        return {e.path: self.statistic.init(e.weight.sizes(e.weight.stack_axes)) for e in self.observed}
+
+    def siblings(self, entry: PlannedWeight) -> tuple[PlannedWeight, ...]:
+        """The quantized entries, this one included, that read the same activation and so share their scales."""
+        return tuple(self.by_path[path] for path in entry.weight.siblings if self.by_path[path].quantized)
+
+    def global_scale_axes(self, entry: PlannedWeight) -> tuple[int, ...]:
+        """The axes along which a weight has separate global scales."""
+        weight = entry.weight
+        return weight.stack_axes if self.recipe.expert_scale is ExpertScale.EXPERT else weight.layer_axes
+
+    def __str__(self) -> str:
+        table = _table(self)
+        console = Console(file=io.StringIO(), width=200, color_system=None)
+        console.print(table)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in text.splitlines())
+
+    def __rich__(self) -> Table:
+        return _table(self)
+
+    __repr__ = __str__
+
+
+def plan(apply_fn: ApplyFn, params: Any, *args: Any, recipe: str | Recipe = "nvfp4") -> Plan:
+    """Finds the weights of `apply_fn(params, *args)` by an abstract trace and decides what to quantize.
+
+    Nothing is computed: `params` and `args` may hold `jax.ShapeDtypeStruct`s. Weights are the parameters that are
+    contracted with something computed from `args`, seen through casts, reshapes, slices, loops and sharding. Weights
+    contracted with the same value are siblings and will share one global amax and one input scale.
+
+    Raises ValueError if a rule of the recipe matches no weight, or if one matches a weight that cannot be quantized as
+    it asks and names it by more than `*`.
+
+    >>> import jax.numpy as jnp
+    >>> w = {"kernel": jnp.ones((32, 8))}
+    >>> plan(lambda params, x: x @ params["kernel"], w, jnp.ones((4, 32))).quantized[0].path
+    'kernel'
+    """
+    recipe = get(recipe)
+    leaves = leaves_of(params)
+    weights = find_weights(apply_fn, leaves, args)
+    _refuse_unmatched_rules(recipe, weights)
+    result = Plan(recipe, tuple(_decide(recipe, weight) for weight in weights))
+    if not result.quantized:
+        raise ValueError(f"recipe {recipe.name!r} leaves nothing to quantize:\n{result}")
+    return result
+
+
+def _decide(recipe: Recipe, weight: Weight) -> PlannedWeight:
+    rule = next((rule for rule in recipe.rules if rule.matches(weight)), None)
+    if rule is None:
+        return PlannedWeight(weight, Scheme.NONE, _why_left(weight))
+    if rule.scheme is Scheme.NONE:
+        return PlannedWeight(weight, Scheme.NONE, "left by a rule")
+    if rule.axis is not None:
+        return _with_stated_axis(weight, rule, rule.axis)
+    if weight.obstacle:
+        if rule.include != ("*",):
+            raise ValueError(
+                f"{weight.path}: a rule asks for {rule.scheme.value}, but {weight.obstacle}; exclude it, or state its "
+                "contraction with Rule(Scheme.W4A16, axis=...)"
+            )
+        return PlannedWeight(weight, Scheme.NONE, weight.obstacle)
+    return PlannedWeight(weight, rule.scheme)
+
+
+def _why_left(weight: Weight) -> str:
+    if weight.obstacle and weight.role is not Role.EMBEDDING:
+        return weight.obstacle
+    return "no rule is for it" if weight.role is None else f"{weight.role.value}: no rule is for it"
+
+
+def _with_stated_axis(weight: Weight, rule: Rule, axis: int | tuple[int, ...]) -> PlannedWeight:
+    """A weight whose contraction the rule states, because the walk does not see it."""
+    with naming_leaf(weight.path):
+        axes = normalize_axes(axis, len(weight.shape))
+        if rule.scheme is not Scheme.W4A16:
+            raise ValueError(
+                f"a rule with axis={axis} asks for {rule.scheme.value}: wanted W4A16; nothing is known of "
+                "its activation"
+            )
+    return PlannedWeight(dataclasses.replace(weight, contracted=axes, siblings=(weight.path,)), rule.scheme)
+
+
+def _refuse_unmatched_rules(recipe: Recipe, weights: tuple[Weight, ...]) -> None:
+    """ValueError for a rule, or an exclude pattern, that matches no weight: it is a mistake."""
+    for rule in recipe.rules:
+        if not any(rule.matches(w) for w in weights):
+            roles = sorted({w.role.value for w in weights if rule.matches_path(w.path) and w.role is not None})
+            found = f"only weights with the roles {', '.join(roles)}" if roles else "no weight"
+            raise ValueError(
+                f"recipe {recipe.name!r}: the rule for include={rule.include} exclude={rule.exclude} matches {found}; "
+                f"wanted at least one that it quantizes. Paths are like {weights[0].path if weights else 'none'!r}"
+            )
+        for pattern in rule.exclude:
+            if not any(Rule(rule.scheme, include=(pattern,)).matches_path(w.path) for w in weights):
+                raise ValueError(
+                    f"recipe {recipe.name!r}: exclude={pattern!r} matches no weight; wanted a pattern over whole paths "
+                    f"like {weights[0].path if weights else 'none'!r}"
+                )
+
+
+def _table(plan: Plan) -> Table:
+    table = Table(
+        title=f"{plan.recipe.name}: {len(plan.quantized)} of {len(plan.entries)} weights", title_justify="left"
+    )
+    for column in ("path", "shape", "contraction", "stacked", "role", "siblings", "bits"):
+        table.add_column(column, overflow="fold")
+    for entry in plan.entries:
+        weight = entry.weight
+        contraction = " x ".join(str(weight.shape[a]) for a in weight.contracted)
+        stacked = [f"{weight.shape[a]} layers" for a in weight.layer_axes]
+        stacked += [f"{weight.shape[a]} experts" for a in weight.expert_axes]
+        others = [other.path for other in plan.siblings(entry)] if entry.quantized else []
+        table.add_row(
+            weight.path,
+            "x".join(map(str, weight.shape)),
+            f"{contraction} (axis {', '.join(map(str, weight.contracted))})" if contraction else "",
+            ", ".join(stacked),
+            weight.role.value if weight.role else "",
+            _shared(weight.path, others),
+            entry.scheme.value if entry.quantized else f"kept: {entry.reason}",
+        )
+    return table
+
+
+def _shared(path: str, siblings: list[str]) -> str:
+    """The siblings of a path without the beginning and end that all have in common."""
+    if len(siblings) < 2:
+        return ""
+    parts = [p.split("/") for p in siblings]
+    start = next((i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), 0)
+    return ", ".join("/".join(p[start : start + 1]) for p in parts)
+
+
+jax.tree_util.register_static(Plan)

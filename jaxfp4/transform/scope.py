@@ -1,0 +1,122 @@
+"""Evaluating the equations of a jaxpr in order, with a hook at each contraction of a planned weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jax import Array
+from jax.extend.core import JaxprEqn, Literal, Var
+
+from jaxfp4.transform import jaxprs
+from jaxfp4.transform.contractions import contraction_with, weight_operand
+from jaxfp4.transform.reach import contracted_in_equation
+from jaxfp4.transform.sites import Meeting, Tracked
+from jaxfp4.transform.statistics import Statistic
+from jaxfp4.transform.views import axis_roles, propagate
+
+Value = Array | Tracked
+Observations = dict[int, Array]
+
+
+def original_activation(meeting: Meeting) -> Array:
+    """The activation as the model computed it."""
+    return meeting.activation
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What to do where a planned weight meets an activation."""
+
+    replace_activation: Callable[[Meeting], Array] = original_activation
+    """The activation to contract with in place of the original."""
+
+    statistic: Statistic | None = None
+    """What to observe of the original activations."""
+
+
+class Scope:
+    """One level of nesting. Its environment lives in `inline`; `observations` gathers what its contractions saw."""
+
+    def __init__(self, hooks: Hooks, rebuilders: Mapping[str, Rebuild]):
+        self.hooks = hooks
+        self.observations: Observations = {}
+        self._rebuilders = rebuilders
+
+    def inner(self, body: jaxprs.Body, inputs: Sequence[Value]) -> tuple[list[Array], Observations]:
+        """The results and observations of a body in a new scope."""
+        scope = Scope(self.hooks, self._rebuilders)
+        results = scope.inline(body, inputs)
+        return [as_array(value) for value in results], scope.observations
+
+    def inline(self, body: jaxprs.Body, inputs: Sequence[Value]) -> list[Value]:
+        """Evaluates the equations in order in this scope; results may be tracked weights."""
+        env: dict[Var, Value] = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
+        env.update(zip(body.jaxpr.invars, inputs, strict=True))
+
+        def read(atom: jaxprs.Atom) -> Value:
+            return atom.val if isinstance(atom, Literal) else env[atom]
+
+        for eqn in body.jaxpr.eqns:
+            env.update(zip(eqn.outvars, self.equation(eqn, [read(atom) for atom in eqn.invars]), strict=True))
+        return [read(atom) for atom in body.jaxpr.outvars]
+
+    def equation(self, eqn: JaxprEqn, operands: list[Value]) -> Sequence[Value]:
+        """The results of one equation; bound as it is unless a planned weight is contracted in it."""
+        views = [v.view if isinstance(v, Tracked) else None for v in operands]
+        if all(view is None for view in views):
+            return jaxprs.bind(eqn, operands)
+        name = eqn.primitive.name
+        if contracted_in_equation(eqn, views):
+            if name in self._rebuilders:
+                return self._rebuilders[name](self, eqn, operands)
+            return self.inline(jaxprs.body_of(eqn.params[jaxprs.CALLS[name]]), operands)
+        weight = weight_operand(eqn, views)
+        if weight is not None:
+            return self.contraction(eqn, operands, weight)
+        return self.ordinary(eqn, operands)
+
+    def ordinary(self, eqn: JaxprEqn, operands: list[Value]) -> Sequence[Value]:
+        """Binds the equation; results that are views of a weight stay tracked."""
+        arrays = [as_array(v) for v in operands]
+
+        def resolve(atom: jaxprs.Atom) -> Any:
+            return atom.val if isinstance(atom, Literal) else arrays[list(eqn.invars).index(atom)]
+
+        tracked = {v.view.leaf: v for v in operands if isinstance(v, Tracked)}
+        views = propagate(eqn, [v.view if isinstance(v, Tracked) else None for v in operands], resolve)
+        return [
+            result if view is None else dataclasses.replace(tracked[view.leaf], value=result, view=view)
+            for result, view in zip(jaxprs.bind(eqn, arrays), views, strict=True)
+        ]
+
+    def contraction(self, eqn: JaxprEqn, operands: list[Value], weight: int) -> list[Array]:
+        """A contraction of a tracked weight, hooks applied if it is one that can be quantized."""
+        tracked, contraction = operands[weight], contraction_with(eqn, weight)
+        arrays = [as_array(v) for v in operands]
+        if isinstance(tracked, Tracked) and not isinstance(contraction, str):
+            roles = axis_roles(tracked.view, contraction.weight_contracted, contraction.weight_stacked, ())
+            if not isinstance(roles, str):
+                groups = arrays[2] if len(arrays) > 2 else None
+                meeting = Meeting(tracked, contraction, arrays[1 - weight], groups)
+                if self.hooks.statistic is not None:
+                    self.absorb({meeting.leaf: meeting.observe(self.hooks.statistic)})
+                arrays[1 - weight] = self.hooks.replace_activation(meeting)
+        return jaxprs.bind(eqn, arrays)
+
+    def absorb(self, observations: Observations) -> None:
+        """Merges observations into this scope's."""
+        for leaf, observed in observations.items():
+            before = self.observations.get(leaf)
+            if before is not None and self.hooks.statistic is not None:
+                observed = self.hooks.statistic.merge(before, observed)
+            self.observations[leaf] = observed
+
+
+Rebuild = Callable[[Scope, JaxprEqn, list[Value]], Sequence[Value]]
+
+
+def as_array(value: Value) -> Array:
+    """The value itself; a tracked weight is dequantized if it must be."""
+    return value.array() if isinstance(value, Tracked) else value
