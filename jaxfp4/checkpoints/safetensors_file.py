@@ -1,8 +1,9 @@
-"""Reads safetensors files as memory-mapped arrays, every dtype that ml_dtypes knows included, after checking the whole header.
+"""Reads safetensors files as memory-mapped arrays, the 8-bit floats included, after checking the whole header.
 
-A safetensors file is an 8-byte little-endian length, that many bytes of JSON ``{name: {dtype, shape, data_offsets}}``, and the data.
-Nothing in it is ever executed. The header is not trusted: each shape must account for exactly its bytes, and the tensors must tile
-the data section without a gap or an overlap up to the last byte of the file. (The safetensors library's own numpy readers fail on E4M3.)
+A safetensors file is an 8-byte little-endian length, that many bytes of JSON ``{name: {dtype, shape,
+data_offsets}}``, and the data. Nothing in it is ever executed. The header is not trusted: each shape must account for
+exactly its bytes, and the tensors must tile the data section without a gap or an overlap up to the last byte of the
+file. (The safetensors library's own numpy readers fail on E4M3.)
 """
 
 from __future__ import annotations
@@ -103,14 +104,16 @@ def _read_header(path: Path, size: int) -> tuple[bytes, int]:
     with path.open("rb") as file:
         prefix = file.read(_LENGTH_BYTES)
         if len(prefix) < _LENGTH_BYTES:
-            raise ValueError(f"{path}: the file has {size} bytes, wanted at least the {_LENGTH_BYTES} of the header's length")
+            raise ValueError(
+                f"{path}: the file has {size} bytes, wanted at least the {_LENGTH_BYTES} of the header's length"
+            )
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"{path}: the header's length is {length} bytes, wanted at most {MAX_HEADER_BYTES}")
         if length > size - _LENGTH_BYTES:
             raise ValueError(
-                f"{path}: the header's length is {length} bytes, but {size - _LENGTH_BYTES} follow; the file is truncated "
-                "or no safetensors file"
+                f"{path}: the header's length is {length} bytes, but {size - _LENGTH_BYTES} follow; the file is "
+                "truncated or no safetensors file"
             )
         return file.read(length), _LENGTH_BYTES + length
 
@@ -145,7 +148,9 @@ def _parse_entry(path: Path, name: str, entry: Any) -> _Entry:
     dtype = DTYPES[dtype_name]
     wanted = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != wanted:
-        raise ValueError(f"{where} spans {offsets[1] - offsets[0]} bytes, wanted {wanted} for {dtype_name} of shape {shape}")
+        raise ValueError(
+            f"{where} spans {offsets[1] - offsets[0]} bytes, wanted {wanted} for {dtype_name} of shape {shape}"
+        )
     return dtype, tuple(shape), (offsets[0], offsets[1])
 
 
@@ -225,15 +230,18 @@ class Checkpoint:
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:
-            raise KeyError(f"{self.directory}: there is no tensor {name!r}; the checkpoint has {len(self._files)} others")
+            raise KeyError(
+                f"{self.directory}: there is no tensor {name!r}; the checkpoint has {len(self._files)} others"
+            )
         return self._files[name]
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Opens ``model.safetensors``, or the shards that ``model.safetensors.index.json`` lists, of a folder.
 
-    The index is checked against the files: it must place every tensor in the file that has it and know every tensor of those
-    files. It may name only files of the folder itself, never a path. (A file there may be a link, as in a download cache.)
+    The index is checked against the files: it must place every tensor in the file that has it and know every tensor
+    of those files. It may name only files of the folder itself, never a path. (A file there may be a link, as in a
+    download cache.)
 
     Raises:
         FileNotFoundError: no such folder, neither file in it, or a shard is missing.
@@ -255,7 +263,9 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         if missing:
             raise ValueError(f"{index}: tensor {missing[0]!r} is said to be in {file_name}, which does not have it")
         if unlisted:
-            raise ValueError(f"{index}: tensor {unlisted[0]!r} is in {file_name}, but the index does not place it there")
+            raise ValueError(
+                f"{index}: tensor {unlisted[0]!r} is in {file_name}, but the index does not place it there"
+            )
     return Checkpoint(folder, list(files.values()))
 
 
@@ -267,10 +277,13 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"{index}: no valid JSON ({_one_line(error)})") from error
     weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: weight_map is {_short(weight_map)}, wanted an object from tensor names to file names")
+        raise ValueError(
+            f"{index}: weight_map is {_short(weight_map)}, wanted an object from tensor names to file names"
+        )
     for name, place in weight_map.items():
         if not isinstance(place, str) or not place.endswith(".safetensors") or any(c in place for c in "/\\:\0"):
             raise ValueError(
-                f"{index}: tensor {name!r} is placed in {_short(place)}, wanted the name of a .safetensors file in the folder"
+                f"{index}: tensor {name!r} is placed in {_short(place)}, wanted the name of a .safetensors file of "
+                "the folder"
             )
     return weight_map

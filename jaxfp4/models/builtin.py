@@ -1,7 +1,8 @@
-"""The model that comes with the package: a byte-level mixture of experts, trained on the standard library's source text.
+"""The model that comes with the package: a byte-level mixture of experts, trained on the standard library's text.
 
-It is small (3.7 MB in bfloat16) and real: `jaxfp4.models.train` made it, and `bits_per_byte` says how well it predicts text that it
-was never trained on. Four layers, eight experts of which two run for each byte, and every sharded width splits over 8 devices.
+It is small (3.7 MB in bfloat16) and real: `jaxfp4.models.train` made it, and `bits_per_byte` says how well it
+predicts text that it was never trained on. Four layers, eight experts of which two run for each byte, and every
+sharded width splits over 8 devices.
 """
 
 from __future__ import annotations
@@ -41,13 +42,12 @@ def load_builtin(mesh: Mesh | None = None) -> Decoder:
 def bits_per_byte(apply_fn: Callable[[Any, Array], Array], params: Any, batches: Iterable[NDArray[np.int32]]) -> float:
     """How many bits a byte-level model needs for each byte of `batches` but the first of every row.
 
-    ``mean(-log2 softmax(logits)[t, token[t + 1]])``; 8 for a uniform guess, about 4.5 for source text under the frequencies of
-    single bytes. A logit that is NaN makes the result NaN.
+    ``mean(-log2 softmax(logits)[t, token[t + 1]])``; 8 for a uniform guess, about 4.5 for source text under the
+    frequencies of single bytes. A logit that is NaN makes the result NaN.
 
     Args:
-        apply_fn: ``(params, tokens [batch, time]) -> logits [batch, time, vocabulary]``; compiled once per function and shape.
-        params: its first argument.
-        batches: int32 arrays ``[batch, time]`` with at least two columns.
+        apply_fn: ``(params, tokens [batch, time]) -> logits [batch, time, vocabulary]``; compiled once per function
+            and shape. params: its first argument. batches: int32 arrays ``[batch, time]`` with at least two columns.
 
     Raises:
         ValueError: there is no batch, or a batch has fewer than two columns.
@@ -55,7 +55,9 @@ def bits_per_byte(apply_fn: Callable[[Any, Array], Array], params: Any, batches:
     nats, count = 0.0, 0
     for tokens in batches:
         if tokens.ndim != 2 or tokens.shape[1] < 2:
-            raise ValueError(f"bits_per_byte: a batch has shape {tokens.shape}, wanted [batch, time] with time at least 2")
+            raise ValueError(
+                f"bits_per_byte: a batch has shape {tokens.shape}, wanted [batch, time] with time at least 2"
+            )
         nats += float(_summed_nll(apply_fn, params, tokens))
         count += tokens.shape[0] * (tokens.shape[1] - 1)
     if count == 0:

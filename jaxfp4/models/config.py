@@ -1,7 +1,7 @@
 """The shape of a decoder, read from and written to a Hugging Face ``config.json``.
 
-Only what changes the numbers is kept. A setting that this package does not compute (a rotary scaling rule, biases, a sliding
-window) is refused by name and value: a model that loads runs as its authors meant it.
+Only what changes the numbers is kept. A setting that this package does not compute (a rotary scaling rule, biases, a
+sliding window) is refused by name and value: a model that loads runs as its authors meant it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 SUPPORTED_MODEL_TYPES = ("llama", "qwen3_moe")
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
-_POSITIVE_INTEGERS = (
+_POSITIVE_INTEGERS: tuple[str, ...] = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -204,7 +204,9 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
 
 def _required(config: Mapping[str, Any], key: str) -> Any:
     if key not in config:
-        raise ValueError(f"model config: {key} is missing; a config.json of model_type {config['model_type']!r} needs it")
+        raise ValueError(
+            f"model config: {key} is missing; a config.json of model_type {config['model_type']!r} needs it"
+        )
     return config[key]
 
 

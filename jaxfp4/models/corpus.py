@@ -1,8 +1,9 @@
 """A corpus that needs no download: the Python standard library's own source text, one byte a token.
 
-The files are those of the running interpreter, without site-packages, tests and generated text (code page tables, help topics,
-build settings: near copies of each other would flatter a held-out figure). Which of them are held out is decided by the SHA-256 of the path inside the library, so a file is on the same side under every Python version
-(its text still differs a little between versions, and so do figures measured on it).
+The files are those of the running interpreter, without site-packages, tests and generated text (code page tables,
+help topics, build settings: near copies of each other would flatter a held-out figure). Which of them are held out is
+decided by the SHA-256 of the path inside the library, so a file is on the same side under every Python version (its
+text still differs a little between versions, and so do figures measured on it).
 """
 
 from __future__ import annotations
@@ -21,26 +22,27 @@ HELD_OUT_EVERY = 16
 #: Goes before every file's text: the sign that a new file starts.
 FILE_START = b"\0"
 
-_SKIPPED_FOLDERS = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
-)
+_SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"})
+_TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 _GENERATED_PREFIX = "_sysconfigdata"
 
 
-def source_files(root: Path | None = None) -> tuple[tuple[str, Path], ...]:
+def source_files(root: Path | None = None, *, with_tests: bool = False) -> tuple[tuple[str, Path], ...]:
     """``(path inside the library, file)`` of every source file of the corpus, sorted by the first.
 
     Args:
         root: the library's folder; by default the running interpreter's.
+        with_tests: whether the library's own test folders count (many installations have none).
 
     Raises:
         ValueError: there is no Python source under it (an interpreter installed without the library's source).
     """
     base = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
+    skipped = _SKIPPED_FOLDERS if with_tests else _SKIPPED_FOLDERS | _TEST_FOLDERS
     files = []
     for file in base.rglob("*.py"):
         relative = file.relative_to(base)
-        if _SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]) and not file.name.startswith(_GENERATED_PREFIX):
+        if skipped.isdisjoint(relative.parts[:-1]) and not file.name.startswith(_GENERATED_PREFIX):
             files.append((relative.as_posix(), file))
     if not files:
         raise ValueError(
@@ -56,26 +58,27 @@ def is_held_out(relative_path: str) -> bool:
     return int.from_bytes(digest[:8], "big") % HELD_OUT_EVERY == 0
 
 
-def training_bytes(root: Path | None = None) -> bytes:
-    """The text of all files that are not held out, each after a `FILE_START`. Errors as `source_files`."""
-    return _text(root, held_out=False)
+def training_bytes(root: Path | None = None, *, with_tests: bool = False) -> bytes:
+    """The text of all files that are not held out, each after a `FILE_START`. Arguments, errors: `source_files`."""
+    return _text(root, held_out=False, with_tests=with_tests)
 
 
 def heldout_bytes(root: Path | None = None) -> bytes:
     """The text of the held-out files, each after a `FILE_START`. Errors as `source_files`."""
-    return _text(root, held_out=True)
+    return _text(root, held_out=True, with_tests=False)
 
 
 @functools.lru_cache(maxsize=4)
-def _text(root: Path | None, *, held_out: bool) -> bytes:
-    texts = [FILE_START + file.read_bytes() for name, file in source_files(root) if is_held_out(name) == held_out]
-    return b"".join(texts)
+def _text(root: Path | None, *, held_out: bool, with_tests: bool) -> bytes:
+    files = source_files(root, with_tests=with_tests)
+    return b"".join(FILE_START + file.read_bytes() for name, file in files if is_held_out(name) == held_out)
 
 
 def heldout_batches(count: int, batch: int, length: int, root: Path | None = None) -> list[NDArray[np.int32]]:
     """`count` arrays of int32 tokens ``[batch, length]``, windows spread evenly over the held-out text.
 
-    The same arguments give the same windows. Each batch spreads over the whole text, so a few batches already represent it.
+    The same arguments give the same windows. Each batch spreads over the whole text, so a few batches already
+    represent it.
 
     Raises:
         ValueError: an argument is below 1, or the text is shorter than a window.

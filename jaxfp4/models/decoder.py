@@ -1,8 +1,8 @@
 """The reference decoder: RMSNorm, rotary attention with grouped key/value heads, gated MLP or top-k experts (flax NNX).
 
-It computes what transformers' Llama and Qwen3-MoE compute. Parameters are named and laid out for JAX: a linear kernel is
-``[in, out]``, the experts of a layer are one stack ``[experts, in, out]``. Their paths (``layers/0/attention/q_proj/kernel``)
-are what plans, partition specs and the checkpoint layout speak of.
+It computes what transformers' Llama and Qwen3-MoE compute. Parameters are named and laid out for JAX: a linear kernel
+is ``[in, out]``, the experts of a layer are one stack ``[experts, in, out]``. Their paths
+(``layers/0/attention/q_proj/kernel``) are what plans, partition specs and the checkpoint layout speak of.
 
 It runs on one device or with parameters sharded over a mesh of Auto axes; the compiler places the collectives.
 """
@@ -61,7 +61,7 @@ class Embedding(nnx.Module):
 
 
 def rotary(x: Array, theta: float) -> Array:
-    """Rotates each head of `x` ``[batch, time, heads, head_dim]`` by its position, pairing element i with i + head_dim/2.
+    """Rotates each head of `x` ``[batch, time, heads, head_dim]`` by its position; element i pairs with i + head_dim/2.
 
     Pair i at position t turns by ``t * theta ** (-2 i / head_dim)``. Computed in float32, returned in the type of `x`.
     """
@@ -121,8 +121,8 @@ class GatedMLP(nnx.Module):
 def routed_experts(x: Array, probabilities: Array, experts: Array, gate: Array, up: Array, down: Array) -> Array:
     """Each row of `x` through the gated MLPs of its own k experts, summed with its routing probabilities.
 
-    The ``N * k`` (row, expert) pairs are sorted by expert, so that `jax.lax.ragged_dot` multiplies every expert's weight
-    with the rows routed to it and no others. An expert without rows contributes nothing.
+    The ``N * k`` (row, expert) pairs are sorted by expert, so that `jax.lax.ragged_dot` multiplies every expert's
+    weight with the rows routed to it and no others. An expert without rows contributes nothing.
 
     Args:
         x: ``[N, D]``.
@@ -156,7 +156,7 @@ class Experts(nnx.Module):
 
 
 class MixtureOfExperts(nnx.Module):
-    """Top-k experts: float32 softmax over all experts, the k largest kept, rescaled to sum to one if the config says so."""
+    """Top-k experts: float32 softmax over all, the k largest kept and, if the config says so, made to sum to one."""
 
     def __init__(self, config: DecoderConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.router = Linear(config.hidden_size, config.num_experts, param_dtype=param_dtype, rngs=rngs)
@@ -196,7 +196,8 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """A causal language model: ``model(tokens int32 [batch, time]) -> logits float32 [batch, time, vocabulary]``.
 
-    Tokens outside the vocabulary follow JAX's gather rule (clamped); positions start at 0 in every row; there is no padding mask.
+    Tokens outside the vocabulary follow JAX's gather rule (clamped); positions start at 0 in every row; there is no
+    padding mask.
 
     Args:
         config: the sizes.
@@ -232,7 +233,10 @@ class Decoder(nnx.Module):
 
         `experts_fn` computes the experts; `routed_experts` says what it must return.
         """
-        x = self.embed(tokens)
+        return self.from_embeddings(self.embed(tokens), experts_fn)
+
+    def from_embeddings(self, x: Array, experts_fn: ExpertsFn = routed_experts) -> tuple[Array, tuple[Array, ...]]:
+        """As `with_routing`, from the rows ``[batch, time, hidden]`` that the embedding table has for the tokens."""
         if self.dtype is not None:
             x = x.astype(self.dtype)
         routing = []

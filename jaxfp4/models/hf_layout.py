@@ -1,12 +1,11 @@
-"""The Hugging Face safetensors layout of Llama and Qwen3-MoE: which tensor each parameter is, reading it and writing it.
+"""The Hugging Face safetensors layout of Llama and Qwen3-MoE: which tensor each parameter is; reading and writing it.
 
-A checkpoint stores a linear weight as ``[out, in]`` and every expert by itself; the decoder keeps kernels as ``[in, out]`` and a
-layer's experts as one stack ``[experts, in, out]``. `checkpoint_names` says so as data.
+A checkpoint stores a linear weight as ``[out, in]`` and every expert by itself; the decoder keeps kernels as ``[in,
+out]`` and a layer's experts as one stack ``[experts, in, out]``. `checkpoint_names` says so as data.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from jaxfp4.checkpoints.names import TensorName
 from jaxfp4.checkpoints.safetensors_file import Checkpoint, open_checkpoint
 from jaxfp4.models.config import DecoderConfig
 from jaxfp4.models.decoder import Decoder
@@ -40,30 +40,13 @@ _MODULES = {
 _FLOAT_KINDS = ("float32", "bfloat16", "float16")
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorName:
-    """Where a parameter is in a checkpoint: tensor ``module + ".weight"``.
-
-    A `module` with the literal field ``{expert}`` stands for one tensor per expert, stacked along the parameter's first axis.
-    `transpose` says that the stored matrix is the transpose of the parameter's (last two axes).
-    """
-
-    module: str
-    transpose: bool
-
-    @property
-    def stacked(self) -> bool:
-        """Whether there is one tensor per expert."""
-        return "{expert}" in self.module
-
-    def tensor(self, expert: int | None = None) -> str:
-        """The tensor's name; `expert` is needed exactly when `stacked`."""
-        module = self.module if expert is None else self.module.replace("{expert}", str(expert))
-        return module + ".weight"
-
-
 def checkpoint_names(config: DecoderConfig) -> dict[str, TensorName]:
-    """``{parameter path: TensorName}`` for every parameter of the decoder."""
+    """``{parameter path: TensorName}`` for every parameter of the decoder, as `jaxfp4.export_checkpoint` takes it.
+
+    The tensor is ``module + ".weight"``; a `module` with the literal field ``{expert}`` stands for one tensor per
+    expert, stacked along the parameter's first axis; `transpose` says that the stored matrix is the parameter's (last
+    two axes) transposed.
+    """
     return {path: _tensor_name(path) for path in parameter_shapes(config)}
 
 
@@ -108,17 +91,16 @@ def read_config(directory: str | Path) -> DecoderConfig:
 def load_decoder(directory: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> Decoder:
     """The decoder stored in a folder: ``config.json`` with ``model.safetensors`` or its indexed shards.
 
-    Every device reads just its own slice of each parameter from the memory-mapped file; no parameter is ever whole in host memory
-    unless it is replicated.
+    Every device reads just its own slice of each parameter from the memory-mapped file; no parameter is ever whole in
+    host memory unless it is replicated.
 
     Args:
-        directory: the folder.
-        mesh: where the parameters go, split as `shardings` says (the forward pass needs Auto axes); by default the default device.
-        dtype: type of the parameters; by default the stored one.
+        directory: the folder. mesh: where the parameters go, split as `shardings` says (the forward pass needs Auto
+            axes); by default the default device. dtype: type of the parameters; by default the stored one.
 
     Raises:
-        FileNotFoundError: the folder, its ``config.json`` or its weights are missing.
-        ValueError: a broken file, a model that is not supported, a tensor that is missing, unknown or of another shape or kind, or
+        FileNotFoundError: the folder, its ``config.json`` or its weights are missing. ValueError: a broken file, a
+            model that is not supported, a tensor that is missing, unknown or of another shape or kind, or
             a mesh that does not split the parameters evenly.
     """
     config = read_config(directory)
@@ -150,15 +132,20 @@ def assemble(config: DecoderConfig, values: Mapping[str, Any]) -> Decoder:
     return model
 
 
-def _expected_tensors(shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, TensorName]) -> dict[str, tuple[int, ...]]:
+def _tensors(name: TensorName, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """``{tensor name: index into the parameter's stack}`` of one parameter; () if it is no stack."""
+    return {f"{module}.{name.parameter}": index for index, module in name.modules(shape)}
+
+
+def _expected_tensors(
+    shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, TensorName]
+) -> dict[str, tuple[int, ...]]:
     """``{tensor name: stored shape}`` of a whole checkpoint."""
     expected = {}
     for path, shape in shapes.items():
         name = names[path]
-        experts = range(shape[0]) if name.stacked else (None,)
-        matrix = shape[1:] if name.stacked else shape
-        for expert in experts:
-            expected[name.tensor(expert)] = matrix[::-1] if name.transpose else matrix
+        matrix = shape[len(name.stack_fields) :]
+        expected.update(dict.fromkeys(_tensors(name, shape), matrix[::-1] if name.transpose else matrix))
     return expected
 
 
@@ -190,28 +177,24 @@ def _check_tensors(
 def _load_parameter(
     checkpoint: Checkpoint, name: TensorName, shape: tuple[int, ...], sharding: Sharding | None, dtype: DTypeLike | None
 ) -> Array:
-    stored = checkpoint.info(name.tensor(0 if name.stacked else None))[0]
-    target = stored if dtype is None else np.dtype(dtype)
+    """One parameter on its devices. Experts stored in different types take the first one's."""
+    tensors = list(_tensors(name, shape))
+    target = checkpoint.info(tensors[0])[0] if dtype is None else np.dtype(dtype)
 
-    def read(index: tuple[slice, ...]) -> NDArray[Any]:
-        return _read_slice(checkpoint, name, shape, index).astype(target)
+    def read(index: tuple[slice, ...] | None) -> NDArray[Any]:
+        index = tuple(slice(None) for _ in shape) if index is None else index
+        if not name.stack_fields:
+            return _read_matrix(checkpoint.tensor(tensors[0]), name, index).astype(target)
+        parts = [_read_matrix(checkpoint.tensor(tensor), name, index[1:]) for tensor in tensors[index[0]]]
+        return np.stack(parts).astype(target)
 
     if sharding is None:
-        return jnp.asarray(read(tuple(slice(None) for _ in shape)))
+        return jnp.asarray(read(None))
     return jax.make_array_from_callback(shape, sharding, read)
 
 
-def _read_slice(
-    checkpoint: Checkpoint, name: TensorName, shape: tuple[int, ...], index: tuple[slice, ...]
-) -> NDArray[Any]:
-    """The parameter's part at `index`, copied out of the file (nothing of the mapped file is kept)."""
-    if not name.stacked:
-        return _read_matrix(checkpoint.tensor(name.tensor()), name, index)
-    experts = range(*index[0].indices(shape[0]))
-    return np.stack([_read_matrix(checkpoint.tensor(name.tensor(expert)), name, index[1:]) for expert in experts])
-
-
 def _read_matrix(stored: NDArray[Any], name: TensorName, index: tuple[slice, ...]) -> NDArray[Any]:
+    """The part at `index` of one matrix (or vector), copied out of the mapped file."""
     part = stored[index[::-1]].T if name.transpose else stored[index]
     return np.array(part, order="C")
 
@@ -219,8 +202,8 @@ def _read_matrix(stored: NDArray[Any], name: TensorName, index: tuple[slice, ...
 def save_decoder(model: Decoder, directory: str | Path) -> None:
     """Writes ``model.safetensors`` and ``config.json``, from which `load_decoder` makes the same model.
 
-    The types of the parameters are kept. Existing files of these names are replaced, each at once. The whole model passes
-    through host memory.
+    The types of the parameters are kept. Existing files of these names are replaced, each at once. The whole model
+    passes through host memory.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -239,6 +222,5 @@ def save_decoder(model: Decoder, directory: str | Path) -> None:
 
 def _stored_tensors(name: TensorName, value: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """The checkpoint tensors of one parameter."""
-    if name.stacked:
-        return {name.tensor(expert): np.ascontiguousarray(value[expert].T) for expert in range(value.shape[0])}
-    return {name.tensor(): np.ascontiguousarray(value.T if name.transpose else value)}
+    parts = {tensor: value[index] for tensor, index in _tensors(name, value.shape).items()}
+    return {tensor: np.ascontiguousarray(part.T if name.transpose else part) for tensor, part in parts.items()}

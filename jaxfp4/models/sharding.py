@@ -1,7 +1,8 @@
-"""Where a decoder's parameters live on a mesh: axis ``tp`` splits heads, MLP widths and the vocabulary, axis ``ep`` splits experts.
+"""Where a decoder's parameters live on a mesh: ``tp`` splits heads, MLP widths and vocabulary, ``ep`` splits experts.
 
-Column-parallel kernels (queries, keys, values, gate, up, head) split their outputs, row-parallel ones (attention output, down) their
-contraction, so a layer needs one all-reduce after attention and one after the MLP. Norms and routers are replicated.
+Column-parallel kernels (queries, keys, values, gate, up, head) split their outputs, row-parallel ones (attention
+output, down) their contraction, so a layer needs one all-reduce after attention and one after the MLP. Norms and
+routers are replicated.
 """
 
 from __future__ import annotations
@@ -66,11 +67,13 @@ def shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, NamedSharding]:
     """``{path: NamedSharding}``: `partition_specs` on `mesh`, without the axes that the mesh does not have.
 
     Raises:
-        ValueError: an axis does not divide the dimension that it splits; the message names the parameter and both sizes.
+        ValueError: an axis does not divide the dimension that it splits; the message names the parameter and both
+            sizes.
     """
     shapes = _shapes(config)
     return {
-        path: NamedSharding(mesh, _fit(path, shapes[path], spec, mesh)) for path, spec in partition_specs(config).items()
+        path: NamedSharding(mesh, _fit(path, shapes[path], spec, mesh))
+        for path, spec in partition_specs(config).items()
     }
 
 
