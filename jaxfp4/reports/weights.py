@@ -1,0 +1,68 @@
+"""The error of each quantized weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from rich.table import Table
+
+from jaxfp4.tensors import NVFP4Tensor, QuantizedWeight
+from jaxfp4.transform.trace import leaves_of
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightQuality:
+    """The error of one quantized weight."""
+
+    path: str
+    shape: tuple[int, ...]
+    bits: float
+    """Bits stored for each value, scales included."""
+    signal_to_noise: float
+    """`10 * log10(sum(w**2) / sum((w - q)**2))` in decibels; infinite for no error, NaN for a weight of zeros."""
+
+
+def weight_quality(params: Any, qparams: Any) -> tuple[WeightQuality, ...]:
+    """The signal-to-noise ratio of each quantized weight against the original, in the order of the tree.
+
+    Raises ValueError if the two trees differ in their paths.
+    """
+    before, after = leaves_of(params), leaves_of(qparams)
+    if before.paths != after.paths:
+        odd = sorted(set(before.paths) ^ set(after.paths))[0]
+        raise ValueError(f"params and qparams differ at {odd!r}: wanted the parameters that qparams was made from")
+    return tuple(
+        _quality(path, w, q.weight)
+        for path, w, q in zip(before.paths, before.values, after.values, strict=True)
+        if isinstance(q, QuantizedWeight)
+    )
+
+
+def _quality(path: str, w: Array, q: NVFP4Tensor) -> WeightQuality:
+    signal, noise = (float(x) for x in _energies(w, q))
+    ratio = math.nan if signal == 0 else math.inf if noise == 0 else 10 * math.log10(signal / noise)
+    return WeightQuality(path, tuple(w.shape), 8 * q.nbytes / w.size, ratio)
+
+
+@jax.jit
+def _energies(w: Array, q: NVFP4Tensor) -> tuple[Array, Array]:
+    wide = w.astype(jnp.float32)
+    return jnp.sum(wide**2), jnp.sum((wide - q.dequantize(jnp.float32)) ** 2)
+
+
+def quality_table(rows: Sequence[WeightQuality]) -> Table:
+    """The qualities as a table."""
+    table = Table(title="signal-to-noise of the quantized weights", title_justify="left")
+    table.add_column("path")
+    table.add_column("shape")
+    table.add_column("bits/value", justify="right")
+    table.add_column("SNR (dB)", justify="right")
+    for row in rows:
+        table.add_row(row.path, "x".join(map(str, row.shape)), f"{row.bits:.2f}", f"{row.signal_to_noise:.2f}")
+    return table
