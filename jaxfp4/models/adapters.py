@@ -43,10 +43,11 @@ def from_flax(module: Any, variables: Mapping[str, Any] | None = None) -> tuple[
 
 
 def _from_nnx(module: nnx.Module) -> tuple[Callable[..., Any], Any]:
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    graph, *states = nnx.split(module, nnx.Param, ...)
+    params, rest = states
 
     def apply_fn(params: Any, *args: Any) -> Any:
-        return nnx.merge(graph, params, rest)(*args)  # type: ignore[operator]
+        return nnx.merge(graph, params, rest)(*args)
 
     return apply_fn, params
 
