@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from jaxfp4.formats import exact, nvfp4
 from jaxfp4.tensors.blocks import Blocking, normalize_axes
-from jaxfp4.tensors.mesh import Layout, layout_of, place
+from jaxfp4.tensors.mesh import Layout, layout_of, max_over_mesh, place
 from jaxfp4.tensors.nvfp4_tensor import NVFP4Tensor
 from jaxfp4.tensors.reductions import as_float_array, global_amax, local_block_amax, refuse_cut_blocks
 
@@ -152,19 +152,18 @@ def _quantize(w: Array, amax: Array, blocking: Blocking) -> tuple[Array, Array, 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _quantize_sharded(w: Array, amax: Array, blocking: Blocking, layout: Layout) -> tuple[Array, Array, Array, Array]:
-    def local(shard: Array, amax: Array) -> tuple[Array, Array, Array]:
-        return _quantize(shard, amax, Blocking(shard.shape, blocking.axes))[:3]
+    def local(shard: Array, amax: Array) -> tuple[Array, Array, Array, Array]:
+        packed, scales, global_scale, finite = _quantize(shard, amax, Blocking(shard.shape, blocking.axes))
+        return packed, scales, global_scale, max_over_mesh((~finite).astype(jnp.int32), layout.splitting) == 0
 
     amax_spec = _amax_spec(amax, layout)
     codes_spec = layout.merged(blocking).spec
-    packed, scales, global_scale = jax.shard_map(
+    return jax.shard_map(
         local,
         mesh=layout.mesh,
         in_specs=(layout.spec, amax_spec),
-        out_specs=(codes_spec, codes_spec, amax_spec),
+        out_specs=(codes_spec, codes_spec, amax_spec, PartitionSpec()),
     )(w, amax)
-    codes = lax.bitcast_convert_type(scales, jnp.uint8)
-    return packed, scales, global_scale, _all_finite(codes, global_scale)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import reference
 from golden_data import DTYPES, OWN_COPY, GoldenCase, assert_same_bits, golden_file, nvfp4_cases
-from logical import assert_quantized
 
 from jaxfp4.tensors import fake_quantize, global_amax, quantize
+from tensors.logical import assert_quantized
 
 CASES = nvfp4_cases()
 jitted_quantize = jax.jit(quantize, static_argnums=1)

@@ -1,0 +1,1 @@
+"""Tests of jaxfp4.tensors."""
