@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from rich.console import Console
 from rich.progress import track
 
 from jaxfp4.algorithms.inputs import leaves_for, tracked_inputs
@@ -70,8 +71,7 @@ def calibrate(apply_fn: ApplyFn, params: Any, batches: Iterable[Any], plan: Plan
     """
     calibrate_fn = make_calibrate_fn(apply_fn, plan)
     stats, count = plan.init_stats(), 0
-    total = len(batches) if isinstance(batches, Sized) else None
-    for batch in track(batches, "calibrating", total=total, disable=not progress, transient=True):
+    for batch in _tracked(batches, progress):
         stats = calibrate_fn(params, stats, *(batch if isinstance(batch, tuple) else (batch,)))
         count += 1
     if not count:
@@ -80,6 +80,14 @@ def calibrate(apply_fn: ApplyFn, params: Any, batches: Iterable[Any], plan: Plan
     for path, experts in unseen_experts(plan, stats).items():
         log.warning("%s: no token reached experts %s; they get their layer's shared scale", path, experts)
     return stats
+
+
+def _tracked(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    """The batches with a progress bar on standard error."""
+    total = len(batches) if isinstance(batches, Sized) else None
+    return track(
+        batches, "calibrating", total=total, disable=not progress, transient=True, console=Console(stderr=True)
+    )
 
 
 def input_scales(plan: Plan, stats: Stats | None) -> dict[str, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 
@@ -58,8 +59,11 @@ def make_mesh(shape: MeshShape) -> Mesh:
 
 
 def use_virtual_cpu_devices(count: int, *, cpu_only: bool = False) -> None:
-    """Makes JAX show `count` CPU devices. Has an effect only before JAX starts; an accelerator is used all the same,
-    unless `cpu_only`."""
-    jax.config.update("jax_num_cpu_devices", count)
+    """Makes JAX show `count` CPU devices; an accelerator is used all the same, unless `cpu_only`.
+
+    Has no effect once JAX has started its devices; `make_mesh` then says if they are too few.
+    """
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count)
     if cpu_only:
         jax.config.update("jax_platforms", "cpu")

@@ -1,0 +1,194 @@
+"""The command line: what it writes, what it prints, and one clear line for bad input."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxfp4.checkpoints import SafetensorsFile
+from jaxfp4.cli import main
+from jaxfp4.models import Decoder, DecoderConfig, save_decoder
+
+CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    save_decoder(Decoder(DecoderConfig.from_hf(CONFIG), rngs=nnx.Rngs(0)), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "tokens.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (4, 16), dtype=np.int32))
+    return path
+
+
+def tensors(directory):
+    file = SafetensorsFile(directory / "model.safetensors")
+    return {name: file.tensor(name).tobytes() for name in file.names()}
+
+
+def test_quantize_writes_the_same_weights_on_every_mesh(model_dir, tokens, tmp_path, capsys):
+    arguments = ["quantize", str(model_dir), "", "--calib", str(tokens), "--batch-size", "2"]
+    for name, mesh in {"one": [], "tp4ep2": ["--mesh", "tp=4,ep=2"], "ep4": ["--mesh", "ep=4"]}.items():
+        arguments[2] = str(tmp_path / name)
+        assert main([*arguments, *mesh]) == 0
+    printed = capsys.readouterr().out
+    assert "layers/0/mlp/experts/down_proj" in printed and "SNR (dB)" in printed
+    one, others = tensors(tmp_path / "one"), [tensors(tmp_path / "tp4ep2"), tensors(tmp_path / "ep4")]
+    weights = {name for name in one if not name.endswith("input_scale")}
+    assert any(name.endswith("input_scale") for name in one)
+    for other in others:
+        assert other.keys() == one.keys()
+        assert all(other[name] == one[name] for name in weights)
+    quantization = json.loads((tmp_path / "one" / "hf_quant_config.json").read_text())["quantization"]
+    assert quantization["quant_algo"] == "NVFP4" and "lm_head" in quantization["exclude_modules"]
+
+
+def test_weight_only_needs_no_data_and_text_calibrates_a_byte_level_model(model_dir, tmp_path):
+    assert main(["quantize", str(model_dir), str(tmp_path / "w"), "--recipe", "nvfp4_weight_only"]) == 0
+    assert not any(name.endswith("input_scale") for name in tensors(tmp_path / "w"))
+    text = tmp_path / "text.py"
+    text.write_text("import this\n" * 20)
+    arguments = ["--calib", str(text), "--sequence-length", "32", "--expert-scale", "expert"]
+    assert main(["quantize", str(model_dir), str(tmp_path / "t"), *arguments]) == 0
+    scales = [
+        np.frombuffer(v, np.float32)[0] for n, v in tensors(tmp_path / "t").items() if "up_proj.weight_scale_2" in n
+    ]
+    assert len(scales) == 4 and len(set(scales)) == 4
+
+
+def damaged(tmp_path, name):
+    path = tmp_path / name
+    if name == "broken.npy":
+        path.write_bytes(b"\x93NUMPY")
+    elif name == "float.npy":
+        np.save(path, np.ones((2, 3)))
+    elif name == "flat.npy":
+        np.save(path, np.ones(3, np.int32))
+    elif name == "large.npy":
+        np.save(path, np.full((2, 3), 999, np.int32))
+    elif name == "short.txt":
+        path.write_text("x")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.npy", "missing.npy: no such file"),
+        ("broken.npy", "broken.npy: no readable .npy array"),
+        ("float.npy", r"float.npy: an array of float64 with shape \(2, 3\); wanted int32 tokens \[batch, time\]"),
+        ("flat.npy", r"with shape \(3,\); wanted int32"),
+        ("large.npy", "tokens from 999 to 999; wanted 0 to 255"),
+        ("short.txt", "1 bytes; wanted at least 256"),
+    ],
+)
+def test_bad_calibration_data_is_one_line(model_dir, tmp_path, capsys, name, message):
+    out = tmp_path / "out"
+    assert main(["quantize", str(model_dir), str(out), "--calib", damaged(tmp_path, name)]) == 2
+    check_error(capsys, message, out)
+
+
+def check_error(capsys, message, out):
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("jaxfp4: error: ")
+    assert re.search(message, lines[0]), lines[0]
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "needs --calib FILE"),
+        (["--recipe", "int8"], "recipe='int8': wanted a Recipe or one of nvfp4"),
+        (["--mesh", "tp"], "--mesh tp: found 'tp'; wanted axis=size pairs"),
+        (["--mesh", "tp=2,tp=4"], "an axis is named twice"),
+        (["--mesh", "tp=3"], "axis 'tp' has size 3, which does not divide"),
+        (["--mesh", "tp=64"], "needs 64 devices, found 8 cpu device"),
+    ],
+)
+def test_bad_options_are_one_line(model_dir, tmp_path, capsys, arguments, message):
+    out = tmp_path / "out"
+    assert main(["quantize", str(model_dir), str(out), *arguments]) == 2
+    check_error(capsys, message, out)
+
+
+def test_bad_model_directories_are_one_line(model_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["quantize", str(tmp_path / "nowhere"), str(out)]) == 2
+    check_error(capsys, "nowhere", out)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({**CONFIG, "model_type": "bert"}))
+    assert main(["quantize", str(tmp_path / "odd"), str(out)]) == 2
+    check_error(capsys, "'bert'", out)
+    (tmp_path / "cut").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        data = (model_dir / name).read_bytes()
+        (tmp_path / "cut" / name).write_bytes(data if name == "config.json" else data[:-10])
+    assert main(["quantize", str(tmp_path / "cut"), str(out), "--recipe", "nvfp4_weight_only"]) == 2
+    check_error(capsys, "model.safetensors", out)
+
+
+def test_an_existing_target_is_left_alone(model_dir, tmp_path, capsys):
+    (tmp_path / "mine").write_text("precious")
+    assert main(["quantize", str(model_dir), str(tmp_path), "--recipe", "nvfp4_weight_only"]) == 2
+    assert "it exists already" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_text_is_refused_for_a_larger_vocabulary(tmp_path, capsys):
+    save_decoder(Decoder(DecoderConfig.from_hf({**CONFIG, "vocab_size": 300}), rngs=nnx.Rngs(0)), tmp_path / "m")
+    (tmp_path / "text").write_text("hello" * 100)
+    assert main(["quantize", str(tmp_path / "m"), str(tmp_path / "out"), "--calib", str(tmp_path / "text")]) == 2
+    check_error(capsys, "text is for byte-level models", tmp_path / "out")
+
+
+def test_numbers_and_version():
+    for arguments in (["quantize", "a", "b", "--batch-size", "0"], ["nonsense"], []):
+        with pytest.raises(SystemExit) as exit_status:
+            main(arguments)
+        assert exit_status.value.code == 2
+    with pytest.raises(SystemExit) as exit_status:
+        main(["--version"])
+    assert exit_status.value.code == 0
+
+
+def test_demo_end_to_end_in_a_process_of_its_own(tmp_path):
+    """Takes its time because it is the newcomer's first command: the whole job, on devices that it sets up itself."""
+    out = tmp_path / "checkpoint"
+    command = [sys.executable, "-W", "error", "-m", "jaxfp4", "demo", "--out", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count(" equal") == 4 and "DIFFERENT" not in result.stdout
+    assert "bits per byte" in result.stdout and "SNR (dB)" in result.stdout
+    assert len(tensors(out)) > 100
