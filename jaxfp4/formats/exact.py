@@ -15,14 +15,26 @@ from jax import Array, lax
 _LOW_HALF = 0xFFF
 _EXPONENT = 0x7F800000
 _MANTISSA_BITS = 23
+_HALF_SHIFT = 13  # float32's mantissa bits beyond float16's
+_HALF_INFINITY = 0x7C00
 
 
 def to_float32(x: Array) -> Array:
-    """`x.astype(float32)`, keeping bfloat16 subnormals and any rounding to bfloat16 that XLA would optimize away."""
+    """`x.astype(float32)`, keeping bfloat16 subnormals and any rounding before it that XLA would optimize away.
+
+    On a GPU, XLA removes pairs of casts such as float32 to float16 and back; it does not see through the bits.
+    """
+    if x.dtype == jnp.float32:
+        return x
+    bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
     if x.dtype == jnp.bfloat16:
-        bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
         return as_float(bits << 16)
-    return x.astype(jnp.float32)
+    magnitude = bits & 0x7FFF
+    exponent = jnp.where(magnitude >= _HALF_INFINITY, 255 - 31, 127 - 15).astype(jnp.uint32)
+    normal = as_float((magnitude << _HALF_SHIFT) + (exponent << _MANTISSA_BITS))
+    subnormal = magnitude.astype(jnp.float32) * 2.0**-24
+    value = jnp.where(magnitude < 1 << (_MANTISSA_BITS - _HALF_SHIFT), subnormal, normal)
+    return as_float(as_bits(value) | ((bits >> 15) << 31))
 
 
 def cast(x: Array, dtype: jax.typing.DTypeLike) -> Array:
@@ -30,8 +42,11 @@ def cast(x: Array, dtype: jax.typing.DTypeLike) -> Array:
     dtype = jnp.dtype(dtype)
     if dtype in (jnp.bfloat16, jnp.float16):
         info = jnp.finfo(dtype)
-        if dtype == jnp.bfloat16:
-            x = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+        rounded = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+        if dtype == jnp.float16:  # reduce_precision flushes its subnormals, which are normal in float32
+            subnormal = jnp.round(x * 2.0**24) * 2.0**-24
+            rounded = jnp.where(jnp.abs(x) < float(info.smallest_normal), subnormal, rounded)
+        x = rounded
     return x.astype(dtype)
 
 
