@@ -197,18 +197,11 @@ def _one_line(error: BaseException) -> str:
 
 
 class Checkpoint:
-    """The tensors of a checkpoint folder under one set of names, whichever file each is in."""
+    """The tensors of a checkpoint folder under one set of names, whichever file has them; see `open_checkpoint`."""
 
     def __init__(self, directory: Path, files: Sequence[SafetensorsFile]):
         self.directory = directory
-        self._files: dict[str, SafetensorsFile] = {}
-        for file in files:
-            for name in file.names():
-                if name in self._files:
-                    raise ValueError(
-                        f"{directory}: tensor {name!r} is in both {self._files[name].path.name} and {file.path.name}"
-                    )
-                self._files[name] = file
+        self._files = {name: file for file in files for name in file.names()}
         self._metadata = {key: value for file in files for key, value in file.metadata.items()}
 
     @property

@@ -7,6 +7,7 @@ sliding window) is refused by name and value: a model that loads runs as its aut
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,7 +108,8 @@ class DecoderConfig:
         head_dim = config.get("head_dim")
         if head_dim is None:
             _check_positive_integer("num_attention_heads", heads)
-            head_dim = _required(config, "hidden_size") // heads
+            _check_positive_integer("hidden_size", _required(config, "hidden_size"))
+            head_dim = config["hidden_size"] // heads
         kv_heads = config.get("num_key_value_heads")
         is_moe = model_type == "qwen3_moe"
         return cls(
@@ -120,7 +122,7 @@ class DecoderConfig:
             num_key_value_heads=heads if kv_heads is None else kv_heads,
             head_dim=head_dim,
             max_position_embeddings=_required(config, "max_position_embeddings"),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_positive_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
             rope_theta=_rope_theta(config),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qk_norm=is_moe,
@@ -169,8 +171,14 @@ def _expert_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "moe_intermediate_size": _required(config, "moe_intermediate_size"),
         "norm_topk_prob": bool(config.get("norm_topk_prob", False)),
         "decoder_sparse_step": config.get("decoder_sparse_step", 1),
-        "mlp_only_layers": tuple(config.get("mlp_only_layers") or ()),
+        "mlp_only_layers": _layer_numbers(config.get("mlp_only_layers") or []),
     }
+
+
+def _layer_numbers(found: Any) -> tuple[int, ...]:
+    if not isinstance(found, list) or not all(type(layer) is int for layer in found):
+        raise ValueError(f"model config: mlp_only_layers is {found!r}, wanted a list of layer numbers")
+    return tuple(found)
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
@@ -196,10 +204,7 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise ValueError(_unsupported("partial_rotary_factor", partial, "1.0"))
-    theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 0:
-        raise ValueError(_unsupported("rope_theta", theta, "a positive number"))
-    return float(theta)
+    return _positive_number("rope_theta", parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
 
 
 def _required(config: Mapping[str, Any], key: str) -> Any:
@@ -213,6 +218,12 @@ def _required(config: Mapping[str, Any], key: str) -> Any:
 def _check_positive_integer(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"model config: {name} is {value!r}, wanted a positive integer")
+
+
+def _positive_number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"model config: {name} is {value!r}, wanted a positive number")
+    return float(value)
 
 
 def _unsupported(key: str, found: Any, wanted: str) -> str:

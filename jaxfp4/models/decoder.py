@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
 from jaxfp4.models.config import DecoderConfig
@@ -205,6 +206,9 @@ class Decoder(nnx.Module):
         dtype: type of the computation; by default that of the embedding table at the call. Norms, rotation, softmax and
             routing probabilities are float32 whatever it is.
         rngs: where the random initial parameters come from.
+
+    Raises:
+        ValueError: at a call, if the parameters are on a mesh with Explicit axes.
     """
 
     def __init__(
@@ -233,6 +237,7 @@ class Decoder(nnx.Module):
 
         `experts_fn` computes the experts; `routed_experts` says what it must return.
         """
+        _refuse_explicit_axes(self.embed.embedding[...])
         return self.from_embeddings(self.embed(tokens), experts_fn)
 
     def from_embeddings(self, x: Array, experts_fn: ExpertsFn = routed_experts) -> tuple[Array, tuple[Array, ...]]:
@@ -247,3 +252,13 @@ class Decoder(nnx.Module):
         x = self.norm(x)
         logits = x @ self.embed.embedding[...].astype(x.dtype).T if self.config.tie_word_embeddings else self.lm_head(x)
         return logits.astype(jnp.float32), tuple(routing)
+
+
+def _refuse_explicit_axes(table: Array) -> None:
+    """Row-parallel products are ambiguous on Explicit axes; say so before JAX says it about some product."""
+    mesh = jax.typeof(table).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError(
+            f"decoder: the parameters are on a mesh with Explicit axes ({', '.join(mesh.axis_names)}), wanted Auto "
+            "axes; make it with jax.make_mesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
+        )
