@@ -152,7 +152,7 @@ def test_a_merged_contraction_splits_over_its_first_axis():
     """`[heads, head_dim, model]` contracted over the first two, heads split so that each device has whole blocks."""
     w = np.random.default_rng(1).standard_normal((16, 8, 6)).astype(np.float32)
     expected = expected_quantized(w, (0, 1))
-    for spec, packed_spec in ((P("tp"), P("tp")), (P(("tp", "ep")), P(("tp", "ep"))), (P(None, "tp", "ep"), None)):
+    for spec, packed_spec in ((P(("tp", "ep")), P(("tp", "ep"))), (P(None, "tp", "ep"), None)):
         q = quantize(put(w, mesh("tp4 ep2"), spec), (0, 1))
         assert_quantized(q, expected)
         assert packed_spec is None or q.packed.sharding.spec == packed_spec
