@@ -1,8 +1,8 @@
 """The model that comes with the package: a byte-level mixture of experts, trained on the standard library's text.
 
-It is small (3.7 MB in bfloat16) and real: `jaxfp4.models.train` made it, and `bits_per_byte` says how well it
-predicts text that it was never trained on. Four layers, eight experts of which two run for each byte, and every
-sharded width splits over 8 devices.
+It is small (3.7 MB in bfloat16) and `jaxfp4.models.train` made it: four layers, eight experts of which two run for each
+byte, every sharded width split over 8 devices in whole blocks. On the held-out text of Python 3.11 and 3.12 it needs
+1.49 and 1.51 bits per byte (`bits_per_byte` over ``heldout_batches(8, 128, 256)``); single bytes need about 4.5.
 """
 
 from __future__ import annotations

@@ -171,13 +171,19 @@ def train_chunk(
     return state, jnp.mean(losses)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _initial_state(config: DecoderConfig, settings: Settings) -> TrainState:
+    params = nnx.state(Decoder(config, rngs=nnx.Rngs(settings.seed)), nnx.Param)
+    return TrainState(params, make_optimizer(settings).init(params), jnp.zeros((), jnp.int32))
+
+
 class Trainer:
     """A model in training: its state on the device, and how to advance, measure and save it."""
 
     def __init__(self, config: DecoderConfig, settings: Settings, text: bytes, heldout: Sequence[Any]):
         self.settings = settings
-        self.graph, params = nnx.split(Decoder(config, rngs=nnx.Rngs(settings.seed)), nnx.Param)
-        self.state = TrainState(params, make_optimizer(settings).init(params), jnp.zeros((), jnp.int32))
+        self.graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), nnx.Param)
+        self.state = _initial_state(config, settings)
         self.text = jnp.asarray(np.frombuffer(text, np.uint8))
         self.heldout = heldout
         self.key = jax.random.key(settings.seed)

@@ -17,7 +17,7 @@ SETTINGS = Settings(batch=4, length=16, chunk=10, warmup=2, peak_rate=3e-2)
 
 
 def test_it_learns_and_saves(tmp_path, monkeypatch, capsys):
-    """The whole script, on a library of forty equal files."""
+    """The whole script, on a library of forty equal files. Slow because it compiles a training step."""
     monkeypatch.setattr(train, "CONFIG", small_config(vocab_size=256, num_hidden_layers=1))
     library = tmp_path / "library"
     library.mkdir()
