@@ -124,6 +124,13 @@ def varying_axes(x: Array) -> AxisNames:
     return tuple(name for name in manual if name in varying)
 
 
+def varying_everywhere(x: Array) -> Array:
+    """Inside a shard_map, `x` declared to vary over all its axes, so that it has the type of values that do."""
+    varying = varying_axes(x)
+    missing = tuple(n for n in jax.sharding.get_abstract_mesh().manual_axes if n not in varying)
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
 def enclosing_axes() -> AxisNames:
     """All axes of the mesh in whose context the code is traced."""
     return tuple(jax.sharding.get_abstract_mesh().axis_names)

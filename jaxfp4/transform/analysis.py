@@ -223,6 +223,7 @@ class _Walk:
 
     def site(self, eqn: JaxprEqn, view: View, activation: Origin, weight: int) -> Origin:
         """The result of a parameter's contraction with an activation."""
+        activation = self.lost(activation, "gather")
         contraction = contraction_with(eqn, weight)
         if isinstance(contraction, str):
             self.obstruct([view.leaf], contraction)
@@ -258,12 +259,15 @@ class _Walk:
         self._loops += 1
         loop = 1 << self._loops
         carried = [self._carried(o, loop) for o in carry]
-        xs = [self._scanned(o, loop) for o in operands[parts.consts + parts.carry :]]
+        xs = operands[parts.consts + parts.carry :]
+        whole_too = {o.view.leaf for o in consts if o.view} & {o.view.leaf for o in xs if o.view}
+        self.obstruct(whole_too, "a scan that runs over it also uses it whole")
+        xs = [self._scanned(o, loop) for o in xs]
         results = self.run(jaxprs.body_of(eqn.params["jaxpr"]), [*consts, *carried, *xs])
         return [self.rerooted(self.lost(r, "scan")) for r in results]
 
     def _carried(self, origin: Origin, loop: int) -> Origin:
-        if origin.view is not None:
+        if origin.view is not None and not origin.view.gathered:
             self.obstruct([origin.view.leaf], "it is carried through a loop")
         origin = self.lost(origin, "a loop's carry")
         return self.rerooted(dataclasses.replace(origin, from_inputs=True, loops=origin.loops | loop))
@@ -296,16 +300,16 @@ class _Walk:
     def shard_map(self, eqn: JaxprEqn, operands: list[Origin]) -> list[Origin]:
         """The body, which sees each operand's shard under the same view."""
         body = jaxprs.body_of(eqn.params["jaxpr"])
-        return self.run(
-            body, [self._local(o, jaxprs.shape_of(v)) for o, v in zip(operands, body.jaxpr.invars, strict=True)]
-        )
+        shapes = [jaxprs.shape_of(v) for v in body.jaxpr.invars]
+        results = self.run(body, [self._local(o, shape) for o, shape in zip(operands, shapes, strict=True)])
+        return [self.lost(r, "shard_map") for r in results]
 
     def _local(self, origin: Origin, shape: tuple[int, ...]) -> Origin:
         if origin.view is None:
             return origin
         view = localize(origin.view, shape)
         if view is None:
-            self.obstruct([origin.view.leaf], "a shard_map splits a dimension that is no single axis of it")
+            self.obstruct([origin.view.leaf], "a shard_map takes a part of one of its axes, or splits merged ones")
             return self.lost(origin, "shard_map")
         return dataclasses.replace(origin, view=view)
 

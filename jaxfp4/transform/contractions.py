@@ -70,8 +70,13 @@ def _oriented(
 
 
 def weight_operand(eqn: JaxprEqn, views: Sequence[View | None]) -> int | None:
-    """Which operand of a contraction is a parameter, if exactly one of them is."""
+    """Which operand of a contraction is a parameter, if exactly one of them is.
+
+    Of two, one whose entries were picked by an index array is the activation: rows of an embedding table.
+    """
     if eqn.primitive.name not in CONTRACTIONS:
         return None
     places = [i for i, view in enumerate(views[:2]) if view is not None]
+    if len(places) == 2:
+        places = [i for i, view in enumerate(views[:2]) if view is not None and not view.gathered]
     return places[0] if len(places) == 1 else None

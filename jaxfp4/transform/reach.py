@@ -23,6 +23,11 @@ def contracted_in_equation(eqn: JaxprEqn, views: Views) -> set[int]:
     return _enter(eqn, views)[0]
 
 
+def returned_by_call(eqn: JaxprEqn, views: Views) -> bool:
+    """Whether the equation is a call that hands on a view of a weight, as `jnp.take` and other jitted functions do."""
+    return eqn.primitive.name in jaxprs.CALLS and any(view is not None for view in _enter(eqn, views)[1])
+
+
 def _walk(body: jaxprs.Body, views: Views) -> tuple[set[int], list[View | None]]:
     """The contracted leaves, and the views of the results."""
     env: dict[Var, View | None] = dict.fromkeys(body.jaxpr.constvars)

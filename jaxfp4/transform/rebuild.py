@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 
-from jaxfp4.tensors.mesh import AxisNames, varying_axes
+from jaxfp4.tensors.mesh import AxisNames, varying_axes, varying_everywhere
 from jaxfp4.transform import jaxprs
 from jaxfp4.transform.reach import contracted_in_body
 from jaxfp4.transform.scope import Observations, Rebuild, Scope, Value, as_array
@@ -160,7 +160,8 @@ def _neutral(scope: Scope, body: jaxprs.Body, values: Sequence[Value], without: 
         return {}
     leaves = contracted_in_body(body, [v.view if isinstance(v, Tracked) else None for v in values])
     stacks = {v.view.leaf: v.stack for v in values if isinstance(v, Tracked)}
-    return {k: statistic.init([stacks[k][a] for a in sorted(stacks[k])]) for k in sorted(leaves - set(without))}
+    sizes = {k: [stacks[k][a] for a in sorted(stacks[k])] for k in sorted(leaves - set(without))}
+    return {k: varying_everywhere(statistic.init(stack)) for k, stack in sizes.items()}
 
 
 def _merged(scope: Scope, seen: Observations, new: Observations) -> Observations:

@@ -11,7 +11,7 @@ from jax.extend.core import JaxprEqn, Literal, Var
 
 from jaxfp4.transform import jaxprs
 from jaxfp4.transform.contractions import contraction_with, weight_operand
-from jaxfp4.transform.reach import contracted_in_equation
+from jaxfp4.transform.reach import contracted_in_equation, returned_by_call
 from jaxfp4.transform.sites import Meeting, Tracked
 from jaxfp4.transform.statistics import Statistic
 from jaxfp4.transform.views import axis_roles, propagate
@@ -63,13 +63,14 @@ class Scope:
         return [read(atom) for atom in body.jaxpr.outvars]
 
     def equation(self, eqn: JaxprEqn, operands: list[Value]) -> Sequence[Value]:
-        """The results of one equation; bound as it is unless a planned weight is contracted in it."""
+        """The results of one equation; bound as it is unless a planned weight is contracted in it or returned by it."""
         views = [v.view if isinstance(v, Tracked) else None for v in operands]
         if all(view is None for view in views):
             return jaxprs.bind(eqn, operands)
         name = eqn.primitive.name
-        if contracted_in_equation(eqn, views):
-            if name in self._rebuilders:
+        returned = returned_by_call(eqn, views)
+        if returned or contracted_in_equation(eqn, views):
+            if name in self._rebuilders and not returned:
                 return self._rebuilders[name](self, eqn, operands)
             return self.inline(jaxprs.body_of(eqn.params[jaxprs.CALLS[name]]), operands)
         weight = weight_operand(eqn, views)

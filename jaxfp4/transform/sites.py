@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxfp4.tensors import NVFP4Tensor
+from jaxfp4.tensors.mesh import replicated, varying_everywhere
 from jaxfp4.transform.contractions import Contraction
 from jaxfp4.transform.statistics import Statistic
 from jaxfp4.transform.views import View, contraction_order
@@ -70,7 +71,7 @@ class Meeting:
 
     def observe(self, statistic: Statistic) -> Array:
         """The statistic of the activation for each weight of the stack; neutral for those that it did not meet."""
-        state = statistic.init([self.weight.stack[a] for a in sorted(self.weight.stack)])
+        state = varying_everywhere(statistic.init([self.weight.stack[a] for a in sorted(self.weight.stack)]))
         if not self.weight.stack:
             return statistic.merge(state, statistic.observe(self.activation, ()))
         kept = self._kept_dimensions()
@@ -82,7 +83,7 @@ class Meeting:
             else self._stack_index(axis, kept, rank)
             for axis in sorted(self.weight.stack)
         )
-        observed = statistic.observe(self.activation, kept)
+        observed = replicated(statistic.observe(self.activation, kept))
         places = range(len(kept), rank)
         return statistic.merge_at(state, index, lax.expand_dims(observed, places))
 

@@ -45,13 +45,14 @@ class View:
 
     `starts` gives, for axes that were sliced or indexed, the first entry that is left: an integer, a traced scalar, an
     index array (with a last dimension of size 1), or None where it is not known. Axes in `scanned` were consumed by an
-    enclosing scan.
+    enclosing scan; along those in `gathered` an index array picked entries.
     """
 
     leaf: int
     dimensions: tuple[Dimension, ...]
     starts: Mapping[int, Any] = dataclasses.field(default_factory=dict)
     scanned: tuple[int, ...] = ()
+    gathered: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -205,7 +206,8 @@ def _gather(eqn: JaxprEqn, view: View, resolve: Resolve) -> View | None:
     rank = len(shape_of(eqn.outvars[0]))
     dimensions = tuple(next(rest) if d in numbers.offset_dims else next(picked) for d in range(rank))
     starts = {**view.starts, factors[0].axis: resolve(eqn.invars[1])}
-    return dataclasses.replace(view, dimensions=dimensions, starts=starts)
+    gathered = (*view.gathered, factors[0].axis) if indices_shape else view.gathered
+    return dataclasses.replace(view, dimensions=dimensions, starts=starts, gathered=gathered)
 
 
 _RULES: Mapping[str, Callable[[JaxprEqn, View, Resolve], View | list[View | None] | None]] = {
@@ -222,7 +224,9 @@ _RULES: Mapping[str, Callable[[JaxprEqn, View, Resolve], View | list[View | None
 
 
 def localize(view: View, shape: Sequence[int]) -> View | None:
-    """The view of a shard with this shape; None if a split dimension is no single parameter axis."""
+    """The view of a shard with this shape; None if a dimension holds a part of an axis, or a split one several."""
+    if any(factor.axis in view.starts for dimension in view.dimensions for factor in dimension):
+        return None
     dimensions = list(view.dimensions)
     for d, (dimension, size) in enumerate(zip(view.dimensions, shape, strict=True)):
         if math.prod(f.size for f in dimension) == size:

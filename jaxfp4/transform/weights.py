@@ -107,6 +107,8 @@ def _is_layer_axis(axis: int, sites: list[Site], findings: Findings) -> bool:
     """Whether entries along a stack axis belong to successive layers: one's activation depends on another's result."""
     mine = sum(1 << s.number for s in sites)
     for site in sites:
+        if axis in site.view.gathered:
+            continue
         loop = findings.loops_of_axis.get((site.leaf, axis)) if axis in site.view.scanned else None
         if loop is not None:
             if site.activation.loops & loop:
@@ -123,7 +125,8 @@ def _is_layer_axis(axis: int, sites: list[Site], findings: Findings) -> bool:
 
 def _role(weight: Weight, sites: list[Site], findings: Findings) -> Role:
     numbers = sum(1 << s.number for s in sites)
-    if weight.leaf in findings.tables or any(s.activation.is_comparison for s in sites):
+    is_table = weight.leaf in findings.tables and not any(s.view.gathered for s in sites)
+    if is_table or any(s.activation.is_comparison for s in sites):
         return Role.EMBEDDING
     if numbers & findings.ordered and not numbers & findings.outputs:
         return Role.ROUTER
