@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,7 +13,8 @@ from jaxfp4.formats import LeafError
 from jaxfp4.tensors import QuantizedWeight
 from jaxfp4.transform.trace import leaves_of
 
-_Unit = tuple[tuple[str, ...], tuple[int, ...], list[np.ndarray]]
+_Field = tuple[np.ndarray, dict[int, int]]
+"""An array, and for each of its axes that runs over separate weights, which number of an index belongs to it."""
 
 
 def digest(qparams: Any, *, inputs: bool = False) -> str:
@@ -31,23 +31,27 @@ def digest(qparams: Any, *, inputs: bool = False) -> str:
     if not quantized:
         raise ValueError("qparams holds no QuantizedWeight: wanted the result of quantize_params")
     keyed = sorted(
-        (*_sort_key(path, index), i, index) for i, (path, v) in enumerate(quantized) for index in _indices(v)
+        (*_sort_key(path, index), i, index) for i, (path, v) in enumerate(quantized) for index in np.ndindex(_sizes(v))
     )
     total = hashlib.sha256()
     loaded, fields = -1, []
     for *_, i, index in keyed:
         if i != loaded:
             loaded, fields = i, _fetch(*quantized[i], inputs)
-        for field in fields:
-            total.update(np.ascontiguousarray(field[index[: field.ndim]]).tobytes())
+        for field, places in fields:
+            part = field[tuple(index[places[a]] if a in places else slice(None) for a in range(field.ndim))]
+            total.update(np.ascontiguousarray(part).tobytes())
     return total.hexdigest()
 
 
-def _indices(weight: QuantizedWeight) -> Iterator[tuple[int, ...]]:
-    """Positions in the leading axes along which the weight has separate global scales."""
-    shape = weight.weight.global_scale.shape
-    separate = len(shape) - next((i for i, n in enumerate(reversed(shape)) if n > 1), len(shape))
-    return np.ndindex(*shape[:separate])
+def _separate_axes(weight: QuantizedWeight) -> list[int]:
+    """The axes along which the weight has separate global scales."""
+    return [axis for axis, n in enumerate(weight.weight.global_scale.shape) if n > 1]
+
+
+def _sizes(weight: QuantizedWeight) -> tuple[int, ...]:
+    """How many there are along each of them."""
+    return tuple(weight.weight.global_scale.shape[axis] for axis in _separate_axes(weight))
 
 
 def _sort_key(path: str, index: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -57,12 +61,25 @@ def _sort_key(path: str, index: tuple[int, ...]) -> tuple[tuple[str, ...], tuple
     return names, (*index, *(int(part[2]) for part in parts if part and part[2]))
 
 
-def _fetch(path: str, weight: QuantizedWeight, inputs: bool) -> list[np.ndarray]:
+def _fetch(path: str, weight: QuantizedWeight, inputs: bool) -> list[_Field]:
     """The arrays that count, on the host."""
-    fields = [weight.weight.packed, weight.weight.scales, weight.weight.global_scale]
+    tensor, axes = weight.weight, _separate_axes(weight)
+    merged = tensor.blocking.axes[:-1] if tensor.blocking.merged else ()
+    places = {axis - sum(m < axis for m in merged): i for i, axis in enumerate(axes)}
+    unmerged = {axis: i for i, axis in enumerate(axes)}
+    fields = [(tensor.packed, places), (tensor.scales, places), (tensor.global_scale, unmerged)]
     if inputs and weight.input_scale is not None:
-        fields.append(weight.input_scale)
-    for field in fields:
+        fields.append((weight.input_scale, _input_places(weight.input_scale.shape, _sizes(weight))))
+    for field, _ in fields:
         if isinstance(field, jax.Array) and not field.is_fully_addressable:
             raise LeafError(f"{path}: spread over several processes; wanted all shards here; gather it first")
-    return [np.asarray(field) for field in fields]
+    return [(np.asarray(field), places) for field, places in fields]
+
+
+def _input_places(shape: tuple[int, ...], sizes: tuple[int, ...]) -> dict[int, int]:
+    """The axes of an input scale, one for each layer axis, among the `sizes` of layer and expert axes."""
+    places: dict[int, int] = {}
+    for i, n in enumerate(sizes):
+        if len(places) < len(shape) and n == shape[len(places)]:
+            places[len(places)] = i
+    return places

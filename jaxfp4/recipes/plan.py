@@ -159,7 +159,9 @@ def _refuse_unmatched_rules(recipe: Recipe, weights: tuple[Weight, ...]) -> None
     for rule in recipe.rules:
         if not any(rule.matches(w) for w in weights):
             roles = sorted({w.role.value for w in weights if rule.matches_path(w.path) and w.role is not None})
+            obstacles = [f"{w.path}: {w.obstacle}" for w in weights if rule.matches_path(w.path) and w.obstacle]
             found = f"only weights with the roles {', '.join(roles)}" if roles else "no weight"
+            found += f" ({obstacles[0]})" if obstacles else ""
             raise ValueError(
                 f"recipe {recipe.name!r}: the rule for include={rule.include} exclude={rule.exclude} matches {found}; "
                 f"wanted at least one that it quantizes. Paths are like {weights[0].path if weights else 'none'!r}"
