@@ -12,6 +12,7 @@ import jax
 from jax import Array
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jaxfp4.formats.errors import leaf as naming_leaf
 from jaxfp4.recipes.recipe import ExpertScale, Recipe, Rule, Scheme, get
@@ -186,7 +187,7 @@ def _table(plan: Plan) -> Table:
         stacked = [f"{weight.shape[a]} layers" for a in weight.layer_axes]
         stacked += [f"{weight.shape[a]} experts" for a in weight.expert_axes]
         others = [other.path for other in plan.siblings(entry)] if entry.quantized else []
-        table.add_row(
+        cells = (
             weight.path,
             "x".join(map(str, weight.shape)),
             f"{contraction} (axis {', '.join(map(str, weight.contracted))})" if contraction else "",
@@ -195,6 +196,8 @@ def _table(plan: Plan) -> Table:
             _shared(weight.path, others),
             entry.scheme.value if entry.quantized else f"kept: {entry.reason}",
         )
+        # As Text, so that brackets and colons in a path are no markup.
+        table.add_row(*map(Text, cells))
     return table
 
 
