@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 
 from jaxfp4.algorithms.calibration import Stats, input_scales
@@ -13,7 +15,7 @@ from jaxfp4.algorithms.maximum import shared_amaxes
 from jaxfp4.formats import LeafError
 from jaxfp4.formats.errors import leaf as naming_leaf
 from jaxfp4.recipes.plan import Plan, PlannedWeight
-from jaxfp4.tensors import QuantizedWeight, quantize_deferred
+from jaxfp4.tensors import QuantizedWeight, global_amax, quantize_unchecked
 
 
 def quantize_params(params: Any, plan: Plan, stats: Stats | None = None) -> Any:
@@ -30,16 +32,13 @@ def quantize_params(params: Any, plan: Plan, stats: Stats | None = None) -> Any:
     arrays = {e.path: leaves.values[e.weight.leaf] for e in plan.quantized}
     scales = input_scales(plan, stats)
     quantized: dict[int, QuantizedWeight] = {}
-    finite: dict[str, Array] = {}
     for group in _sibling_groups(plan):
         amaxes = shared_amaxes(plan, group, arrays)
         for entry in group:
             with naming_leaf(entry.path):
-                tensor, finite[entry.path] = quantize_deferred(
-                    arrays[entry.path], entry.weight.contracted, global_amax=amaxes[entry.path]
-                )
+                tensor = quantize_unchecked(arrays[entry.path], entry.weight.contracted, global_amax=amaxes[entry.path])
             quantized[entry.weight.leaf] = QuantizedWeight(tensor, scales.get(entry.path))
-    _refuse_non_finite(finite)
+    _refuse_non_finite(arrays, {e.path: quantized[e.weight.leaf].weight.global_scale for e in plan.quantized})
     return leaves.rebuilt([quantized.get(i, value) for i, value in enumerate(leaves.values)])
 
 
@@ -54,10 +53,10 @@ def _sibling_groups(plan: Plan) -> list[tuple[PlannedWeight, ...]]:
     return groups
 
 
-def _refuse_non_finite(finite: dict[str, Array]) -> None:
-    """All flags are read together at the end, so that no weight waits for another."""
-    if any(isinstance(flag, jax.core.Tracer) for flag in finite.values()):
+def _refuse_non_finite(arrays: Mapping[str, Array], global_scales: Mapping[str, Array]) -> None:
+    """A global scale is NaN if its weight or a sibling is not finite; all are read at the end, so that none waits."""
+    if any(isinstance(scale, jax.core.Tracer) for scale in global_scales.values()):
         return
-    for path, flag in jax.device_get(finite).items():
-        if not flag:
-            raise LeafError(f"{path}: it or a sibling holds NaN or Inf: wanted finite weights; repair or exclude it")
+    for path, scale in jax.device_get(global_scales).items():
+        if not np.all(np.isfinite(scale)) and not np.isfinite(np.asarray(global_amax(arrays[path]))):
+            raise LeafError(f"{path}: it holds NaN or Inf: wanted finite weights; repair or exclude it")

@@ -2,7 +2,7 @@
 
 It is small (3.7 MB in bfloat16) and `jaxfp4.models.train` made it: four layers, eight experts of which two run for each
 byte, every sharded width split over 8 devices in whole blocks. On the held-out text of Python 3.11 and 3.12 it needs
-1.28 bits per byte on Python 3.11 and 3.12 (`bits_per_byte` over ``heldout_batches(8, 128, 256)``); single bytes need about 4.5.
+1.28 bits per byte (`bits_per_byte` over ``heldout_batches(8, 128, 256)``); single bytes need about 4.6.
 """
 
 from __future__ import annotations

@@ -59,7 +59,9 @@ class NVFP4Tensor:
         """Shape of the original."""
         if not self._merged:
             shape = list(self.packed.shape)
-            shape[self.axes[-1]] = self.sizes[-1]
+            # Without padding the size follows from the codes, also for a shard or a concatenation of shards.
+            size = self.sizes[-1]
+            shape[self.axes[-1]] = size if size % BLOCK_SIZE else 2 * self.packed.shape[self.axes[-1]]
             return tuple(shape)
         ndim = self.ndim
         merged_axis = ndim + self.axes[-1] - (len(self.axes) - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from jaxfp4.formats import exact, nvfp4
 from jaxfp4.tensors.blocks import Blocking, normalize_axes
-from jaxfp4.tensors.mesh import Layout, layout_of, max_over_mesh, place
+from jaxfp4.tensors.mesh import Layout, layout_of, place
 from jaxfp4.tensors.nvfp4_tensor import NVFP4Tensor
 from jaxfp4.tensors.reductions import as_float_array, global_amax, local_block_amax, refuse_cut_blocks
 
@@ -48,31 +48,34 @@ def quantize(w: Array, axis: int | Sequence[int] = 0, *, global_amax: Array | fl
     >>> q.dequantize()[-1]
     Array([31.], dtype=float32)
     """
-    tensor, finite = quantize_deferred(w, axis, global_amax=global_amax)
-    if not isinstance(finite, jax.core.Tracer) and not finite:
-        raise ValueError("the array or its global amax holds NaN or Inf: wanted finite values; repair or exclude it")
+    tensor = quantize_unchecked(w, axis, global_amax=global_amax)
+    if not isinstance(tensor.packed, jax.core.Tracer):
+        # The amax of all of `w` shows whatever is not finite in it; a given one may not, but then a block scale does.
+        scales = () if global_amax is None else tensor.scales
+        if not _all_finite(tensor.global_scale, scales):
+            raise ValueError(
+                "the array or its global amax holds NaN or Inf: wanted finite values; repair or exclude it"
+            )
     return tensor
 
 
-def quantize_deferred(
+def quantize_unchecked(
     w: Array, axis: int | Sequence[int] = 0, *, global_amax: Array | float | None = None
-) -> tuple[NVFP4Tensor, Array]:
-    """As `quantize`, with whether all values were finite as a boolean array in place of an error."""
+) -> NVFP4Tensor:
+    """As `quantize`, without waiting for the result to see whether it is finite."""
     w = as_float_array(w)
     blocking = Blocking(w.shape, normalize_axes(axis, w.ndim))
     amax = _amax_for(w, blocking, global_amax)
     layout = layout_of(w)
     if layout is None:
         refuse_cut_blocks(w, blocking)
-        packed, scales, global_scale, finite = _quantize(w, amax, blocking)
+        packed, scales, global_scale = _quantize(w, amax, blocking)
     else:
         layout = layout.with_whole_blocks(blocking)
-        packed, scales, global_scale, finite = _quantize_sharded(
-            place(w, layout), _place_amax(amax, layout), blocking, layout
-        )
+        packed, scales, global_scale = _quantize_sharded(place(w, layout), _place_amax(amax, layout), blocking, layout)
     axes = tuple(a - w.ndim for a in blocking.axes)
     sizes = tuple(w.shape[a] for a in blocking.axes)
-    return NVFP4Tensor(packed, scales, global_scale, axes, sizes, w.dtype), finite
+    return NVFP4Tensor(packed, scales, global_scale, axes, sizes, w.dtype)
 
 
 def fake_quantize(x: Array, axis: int | Sequence[int] = -1, *, global_amax: Array | float | None = None) -> Array:
@@ -135,25 +138,26 @@ def _encode(blocks: Array, global_scale: Array, axis: int) -> Encoded:
 _global_scale = jax.jit(nvfp4.global_scale)
 
 
-def _all_finite(scales: Array, global_scale: Array) -> Array:
-    return jnp.all(jnp.isfinite(nvfp4.decode_scale(scales))) & jnp.all(jnp.isfinite(global_scale))
+@jax.jit
+def _all_finite(*arrays: Any) -> Array:
+    """Whether no entry of the arrays is NaN or Inf."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a.astype(jnp.float32))) for a in jax.tree.leaves(arrays)]))
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _quantize(w: Array, amax: Array, blocking: Blocking) -> tuple[Array, Array, Array, Array]:
+def _quantize(w: Array, amax: Array, blocking: Blocking) -> tuple[Array, Array, Array]:
     global_scale = nvfp4.global_scale(amax)
     encoded = _encode(blocking.to_blocks(w), blocking.align(global_scale), blocking.axis + 1)
     packed = nvfp4.pack(encoded.values, blocking.axis + 1)
     packed = lax.collapse(packed, blocking.axis, blocking.axis + 2)
     scales = lax.bitcast_convert_type(jnp.squeeze(encoded.scales, blocking.axis + 1), jnp.float8_e4m3fn)
-    return packed, scales, global_scale, _all_finite(encoded.scales, global_scale)
+    return packed, scales, global_scale
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _quantize_sharded(w: Array, amax: Array, blocking: Blocking, layout: Layout) -> tuple[Array, Array, Array, Array]:
-    def local(shard: Array, amax: Array) -> tuple[Array, Array, Array, Array]:
-        packed, scales, global_scale, finite = _quantize(shard, amax, Blocking(shard.shape, blocking.axes))
-        return packed, scales, global_scale, max_over_mesh((~finite).astype(jnp.int32), layout.splitting) == 0
+def _quantize_sharded(w: Array, amax: Array, blocking: Blocking, layout: Layout) -> tuple[Array, Array, Array]:
+    def local(shard: Array, amax: Array) -> tuple[Array, Array, Array]:
+        return _quantize(shard, amax, Blocking(shard.shape, blocking.axes))
 
     amax_spec = _amax_spec(amax, layout)
     codes_spec = layout.merged(blocking).spec
@@ -161,7 +165,7 @@ def _quantize_sharded(w: Array, amax: Array, blocking: Blocking, layout: Layout)
         local,
         mesh=layout.mesh,
         in_specs=(layout.spec, amax_spec),
-        out_specs=(codes_spec, codes_spec, amax_spec, PartitionSpec()),
+        out_specs=(codes_spec, codes_spec, amax_spec),
     )(w, amax)
 
 

@@ -79,6 +79,7 @@ PASS_THROUGH = frozenset(
         "reshard",
         "mesh_cast",
         "sharding_constraint",
+        "stop_gradient",
     }
 )
 """Primitives whose n-th result is their n-th operand with the same shape and, up to rounding, the same values."""

@@ -170,6 +170,19 @@ def _split(eqn: JaxprEqn, view: View, resolve: Resolve) -> list[View | None]:
     return results
 
 
+def _unstack(eqn: JaxprEqn, view: View, resolve: Resolve) -> list[View | None]:
+    axis, results = eqn.params["axis"], []
+    for start in range(view.shape[axis]):
+        starts = [start if d == axis else 0 for d in range(len(view.dimensions))]
+        sizes = [1 if d == axis else n for d, n in enumerate(view.shape)]
+        entry = narrow(view, starts, sizes)
+        if entry is not None:
+            kept = tuple(dimension for d, dimension in enumerate(entry.dimensions) if d != axis)
+            entry = dataclasses.replace(entry, dimensions=kept)
+        results.append(entry)
+    return results
+
+
 def narrow(view: View, starts: Sequence[Any], sizes: Sequence[int]) -> View | None:
     """The view of a contiguous slice; None if it cuts a dimension that is no single, still whole parameter axis."""
     dimensions, moved = [], dict(view.starts)
@@ -220,6 +233,7 @@ _RULES: Mapping[str, Callable[[JaxprEqn, View, Resolve], View | list[View | None
     "dynamic_slice": _dynamic_slice,
     "split": _split,
     "gather": _gather,
+    "unstack": _unstack,
 }
 
 

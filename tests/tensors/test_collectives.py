@@ -1,7 +1,5 @@
 """What the compiled programs communicate: nothing, or one number. Nothing is ever gathered."""
 
-import re
-
 import jax
 import numpy as np
 import pytest
@@ -61,16 +59,14 @@ def test_jitted_quantize_with_one_amax_per_expert_split_over_ep_only(kind):
 
 @BOTH_KINDS
 def test_eager_functions(kind):
-    """The jitted functions that they call. The bytes need no communication; whether all is finite is one number."""
+    """The jitted functions that they call: one all-reduce for the amax, and none for the bytes."""
     w = put(W, mesh("tp4 ep2", kind), P("ep", "tp"))
     layout = layout_of(w)
     amax = global_amax(w)
     assert collectives(_block_amax_sharded.lower(w, BLOCKS, layout).compile()) == []
     assert collectives(_global_amax_sharded.lower(w, (), layout).compile()) == ["all-reduce"]
     assert collectives(_fake_quantize_sharded.lower(w, amax, BLOCKS, layout).compile()) == []
-    program = _quantize_sharded.lower(w, amax, BLOCKS, layout).compile()
-    assert collectives(program) == ["all-reduce"]
-    assert re.search(r"= s32\[\] all-reduce", program.as_text())
+    assert collectives(_quantize_sharded.lower(w, amax, BLOCKS, layout).compile()) == []
 
 
 @BOTH_KINDS
