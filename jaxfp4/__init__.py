@@ -12,6 +12,7 @@ from jaxfp4.algorithms import make_calibrate_fn as make_calibrate_fn
 from jaxfp4.algorithms import quantize_params as quantize_params
 from jaxfp4.algorithms import quantized as quantized
 from jaxfp4.algorithms import unseen_experts as unseen_experts
+from jaxfp4.algorithms import weights as weights
 from jaxfp4.checkpoints import export_checkpoint as export_checkpoint
 from jaxfp4.checkpoints import load_checkpoint as load_checkpoint
 from jaxfp4.models import from_flax as from_flax

@@ -70,7 +70,7 @@ def calibrate(apply_fn: ApplyFn, params: Any, batches: Iterable[Any], plan: Plan
     or Inf. Experts that no token reached are logged as a warning by path; they get their layer's shared scale.
     """
     calibrate_fn = make_calibrate_fn(apply_fn, plan)
-    stats, count = plan.init_stats(), 0
+    stats, count = plan.init_stats(params), 0
     for batch in _tracked(batches, progress):
         stats = calibrate_fn(params, stats, *(batch if isinstance(batch, tuple) else (batch,)))
         count += 1
@@ -90,14 +90,17 @@ def _tracked(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     )
 
 
-def input_scales(plan: Plan, stats: Stats | None) -> dict[str, Array]:
+def input_scales(plan: Plan, stats: Mapping[str, Array] | None) -> dict[str, Array]:
     """By path, the float32 global scale of each weight's activation: `[]`, or `[L]` for a stack of layers.
 
-    `max` of the amaxes over experts and siblings, divided by 2688. Without statistics there are none. Raises ValueError
-    for statistics of another plan, and `LeafError` where they hold NaN or Inf, or only zeros for a layer.
+    `max` of the amaxes over experts and siblings, divided by 2688. Without statistics there are none; those of weights
+    whose activations the plan leaves alone are not used, so one calibration serves several recipes. Raises ValueError
+    for statistics of another model, and `LeafError` where they hold NaN or Inf, or only zeros for a layer.
     """
     if stats is None:
         return {}
+    unused = {e.path for e in plan.entries} - {e.path for e in plan.observed}
+    stats = {path: state for path, state in stats.items() if path not in unused}
     _refuse_wrong_stats(plan, stats)
     traced = any(isinstance(state, jax.core.Tracer) for state in stats.values())
     if not traced:
@@ -134,7 +137,7 @@ def _over_experts(entry: PlannedWeight, amax: Array) -> Array:
     return jnp.max(amax, [stack.index(a) for a in entry.weight.expert_axes])
 
 
-def _refuse_wrong_stats(plan: Plan, stats: Stats) -> None:
+def _refuse_wrong_stats(plan: Plan, stats: Mapping[str, Array]) -> None:
     wanted = {e.path: e.weight.sizes(e.weight.stack_axes) for e in plan.observed}
     if set(stats) != set(wanted):
         odd = sorted(set(stats) ^ set(wanted))[0]
@@ -145,7 +148,7 @@ def _refuse_wrong_stats(plan: Plan, stats: Stats) -> None:
             raise LeafError(f"{path}: statistics of shape {stats[path].shape}: wanted {shape}; use plan.init_stats()")
 
 
-def _refuse_non_finite(stats: Stats) -> None:
+def _refuse_non_finite(stats: Mapping[str, Array]) -> None:
     for path, state in stats.items():
         if not np.all(np.isfinite(np.asarray(state))):
             raise LeafError(

@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxfp4.formats import LeafError
-from jaxfp4.tensors import QuantizedWeight
-from jaxfp4.transform.trace import leaves_of
+from jaxfp4.formats import LeafError, path_string
+from jaxfp4.tensors import NVFP4Tensor, QuantizedWeight
 
 _Field = tuple[np.ndarray, dict[int, int]]
 """An array, and for each of its axes that runs over separate weights, which number of an index belongs to it."""
@@ -22,12 +21,12 @@ def digest(qparams: Any, *, inputs: bool = False) -> str:
 
     Bytes are taken in path order, and within a weight layer by layer where it has separate global scales. Numbers in a
     path sort after its names, so that layers stacked for a scan give the digest of layers kept apart. Equal for every
-    sharding; other leaves do not count. Weights are brought to the host one at a time.
+    sharding; leaves that are no `QuantizedWeight` or `NVFP4Tensor` do not count. Weights are brought to the host one at
+    a time.
 
     Raises `LeafError` for a weight whose shards this process does not hold all, ValueError if nothing is quantized.
     """
-    leaves = leaves_of(qparams)
-    quantized = [(p, v) for p, v in zip(leaves.paths, leaves.values, strict=True) if isinstance(v, QuantizedWeight)]
+    quantized = list(weights(qparams).items())
     if not quantized:
         raise ValueError("qparams holds no QuantizedWeight: wanted the result of quantize_params")
     keyed = sorted(
@@ -44,6 +43,19 @@ def digest(qparams: Any, *, inputs: bool = False) -> str:
     return total.hexdigest()
 
 
+def weights(qparams: Any) -> dict[str, QuantizedWeight]:
+    """The quantized weights of a tree by path; a bare `NVFP4Tensor` counts as one without input scale.
+
+    >>> import jax.numpy as jnp, jaxfp4
+    >>> weights({"layers": [{"kernel": jaxfp4.quantize(jnp.ones((16, 2)))}], "bias": jnp.zeros(2)})
+    {'layers/0/kernel': QuantizedWeight(NVFP4Tensor(shape=(16, 2), axis=-2, dtype=float32, 5.50 bits/value))}
+    """
+    kinds = (QuantizedWeight, NVFP4Tensor)
+    leaves = jax.tree_util.tree_leaves_with_path(qparams, is_leaf=lambda x: isinstance(x, kinds))
+    found = {path_string(keys): value for keys, value in leaves if isinstance(value, kinds)}
+    return {path: QuantizedWeight(v) if isinstance(v, NVFP4Tensor) else v for path, v in found.items()}
+
+
 def _separate_axes(weight: QuantizedWeight) -> list[int]:
     """The axes along which the weight has separate global scales."""
     return [axis for axis, n in enumerate(weight.weight.global_scale.shape) if n > 1]
@@ -55,10 +67,10 @@ def _sizes(weight: QuantizedWeight) -> tuple[int, ...]:
 
 
 def _sort_key(path: str, index: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The names in a path, then its numbers, those of the position in a stack first."""
+    """The names in a path, then its numbers and behind them the position in a stack."""
     parts = [re.fullmatch(r"(.*?)_?(\d*)", part) for part in path.split("/")]
     names = tuple(part[1] for part in parts if part and part[1])
-    return names, (*index, *(int(part[2]) for part in parts if part and part[2]))
+    return names, (*(int(part[2]) for part in parts if part and part[2]), *index)
 
 
 def _fetch(path: str, weight: QuantizedWeight, inputs: bool) -> list[_Field]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxfp4.algorithms.calibration import Stats, input_scales
+from jaxfp4.algorithms.calibration import input_scales
 from jaxfp4.algorithms.inputs import leaves_for
 from jaxfp4.algorithms.maximum import shared_amaxes
 from jaxfp4.formats import LeafError
@@ -18,7 +18,7 @@ from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.tensors import QuantizedWeight, global_amax, quantize_unchecked
 
 
-def quantize_params(params: Any, plan: Plan, stats: Stats | None = None) -> Any:
+def quantize_params(params: Any, plan: Plan, stats: Mapping[str, Array] | None = None) -> Any:
     """`params` with a `QuantizedWeight` in the place of each weight that the plan quantizes; same tree otherwise.
 
     Packed codes, block scales and global scales are the same bits for every sharding of `params`. Input scales come

@@ -15,7 +15,7 @@ from jaxfp4.checkpoints import export_checkpoint
 from jaxfp4.commands.errors import CommandError
 from jaxfp4.commands.meshes import MeshShape, make_mesh
 from jaxfp4.models import checkpoint_names, from_flax, load_decoder
-from jaxfp4.recipes import Plan, get
+from jaxfp4.recipes import Plan
 from jaxfp4.reports import quality_table, weight_quality
 
 BYTE_VOCABULARY = 256
@@ -40,13 +40,12 @@ def quantize_directory(
     """
     if out_dir.exists():
         raise CommandError(f"{out_dir}: it exists already; wanted a new directory; remove it or name another")
-    chosen = get(recipe).with_expert_scale(expert_scale)
     model = load_decoder(model_dir, mesh=make_mesh(mesh) if mesh else None)
     config = model.config
     apply_fn, params = from_flax(model)
     tokens = None if calibration is None else read_tokens(calibration, config.vocab_size, sequence_length)
     example = jax.ShapeDtypeStruct((1, 8), np.int32)
-    plan = jaxfp4.plan(apply_fn, params, example, recipe=chosen)
+    plan = jaxfp4.plan(apply_fn, params, example, recipe=recipe, expert_scale=expert_scale)
     console.print(plan)
     stats = None
     if plan.observed:

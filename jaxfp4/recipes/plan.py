@@ -17,6 +17,7 @@ from rich.text import Text
 from jaxfp4.formats.errors import leaf as naming_leaf
 from jaxfp4.recipes.recipe import ExpertScale, Recipe, Rule, Scheme, get
 from jaxfp4.tensors.blocks import normalize_axes
+from jaxfp4.tensors.mesh import replicated_beside
 from jaxfp4.transform.statistics import AbsoluteMaximum, Statistic
 from jaxfp4.transform.trace import ApplyFn, leaves_of
 from jaxfp4.transform.weights import Role, Weight, find_weights
@@ -68,9 +69,14 @@ class Plan:
         """What calibration collects."""
         return AbsoluteMaximum()
 
-    def init_stats(self) -> dict[str, Array]:
-        """Statistics before the first batch: by path, an array over the stack axes of the weight."""
-        return {e.path: self.statistic.init(e.weight.sizes(e.weight.stack_axes)) for e in self.observed}
+    def init_stats(self, params: Any = None) -> dict[str, Array]:
+        """Statistics before the first batch: by path, an array over the stack axes of the weight.
+
+        With `params` they are placed on the mesh of these parameters, as the statistics after a batch are; a jitted
+        function of them then compiles once and not once for each placement.
+        """
+        stats = {e.path: self.statistic.init(e.weight.sizes(e.weight.stack_axes)) for e in self.observed}
+        return stats if params is None else replicated_beside(stats, params)
 
     def siblings(self, entry: PlannedWeight) -> tuple[PlannedWeight, ...]:
         """The quantized entries, this one included, that read the same activation and so share their scales."""
@@ -83,7 +89,7 @@ class Plan:
 
     def __str__(self) -> str:
         table = _table(self)
-        console = Console(file=io.StringIO(), width=200, color_system=None)
+        console = Console(file=io.StringIO(), width=200, color_system=None, force_jupyter=False)
         console.print(table)
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in text.splitlines())
@@ -94,12 +100,19 @@ class Plan:
     __repr__ = __str__
 
 
-def plan(apply_fn: ApplyFn, params: Any, *args: Any, recipe: str | Recipe = "nvfp4") -> Plan:
+def plan(
+    apply_fn: ApplyFn,
+    params: Any,
+    *args: Any,
+    recipe: str | Recipe = "nvfp4",
+    expert_scale: str | ExpertScale | None = None,
+) -> Plan:
     """Finds the weights of `apply_fn(params, *args)` by an abstract trace and decides what to quantize.
 
     Nothing is computed: `params` and `args` may hold `jax.ShapeDtypeStruct`s. Weights are the parameters that are
     contracted with something computed from `args`, seen through casts, reshapes, slices, loops and sharding. Weights
-    contracted with the same value are siblings and will share one global amax and one input scale.
+    contracted with the same value are siblings and will share one global amax and one input scale. `expert_scale`
+    overrides the recipe's: `"stack"` for one global scale for all experts of a weight, `"expert"` for one each.
 
     Raises ValueError if a rule of the recipe matches no weight, or if one matches a weight that cannot be quantized as
     it asks and names it by more than `*`.
@@ -110,6 +123,8 @@ def plan(apply_fn: ApplyFn, params: Any, *args: Any, recipe: str | Recipe = "nvf
     'kernel'
     """
     recipe = get(recipe)
+    if expert_scale is not None:
+        recipe = recipe.with_expert_scale(expert_scale)
     leaves = leaves_of(params)
     weights = find_weights(apply_fn, leaves, args)
     _refuse_unmatched_rules(recipe, weights)

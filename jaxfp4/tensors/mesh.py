@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax import Array, lax
@@ -145,3 +146,10 @@ def replicated(x: Array) -> Array:
     """A small array on every device of its mesh, so that arrays split in different ways can be combined."""
     layout = layout_of(x)
     return x if layout is None else place(x, layout.restricted(()))
+
+
+def replicated_beside(small: Any, large: Any) -> Any:
+    """A tree of small arrays on every device of the mesh on which another tree lives; as it is if there is none."""
+    leaves = [x for x in jax.tree.leaves(large) if isinstance(x, Array) and not isinstance(x, jax.core.Tracer)]
+    layout = next((found for found in map(layout_of, leaves) if found is not None), None)
+    return small if layout is None else jax.device_put(small, NamedSharding(layout.mesh, PartitionSpec()))

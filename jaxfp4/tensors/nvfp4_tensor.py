@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,21 @@ class QuantizedWeight:
 
     pre_scale: Array | None = None
     """Factors for the activation's channels, multiplied in before it is quantized; None for none."""
+
+    def __repr__(self) -> str:
+        scales = {"input_scale": self.input_scale, "pre_scale": self.pre_scale}
+        parts = [repr(self.weight), *(f"{name}={_short(s)}" for name, s in scales.items() if s is not None)]
+        return f"QuantizedWeight({', '.join(parts)})"
+
+
+def _short(scale: Any) -> str:
+    """A number as it is, anything larger by its shape."""
+    is_number = (
+        isinstance(scale, (jax.Array, np.ndarray)) and not isinstance(scale, jax.core.Tracer) and scale.ndim == 0
+    )
+    if is_number:
+        return f"{float(scale):.6g}"
+    return f"{scale.dtype}{list(scale.shape)}" if isinstance(scale, (jax.Array, np.ndarray)) else repr(scale)
 
 
 @functools.partial(jax.jit, static_argnums=1)
