@@ -119,13 +119,10 @@ class QuantizedWeight:
 
 
 def _short(scale: Any) -> str:
-    """A number as it is, anything larger by its shape."""
-    is_number = (
-        isinstance(scale, (jax.Array, np.ndarray)) and not isinstance(scale, jax.core.Tracer) and scale.ndim == 0
-    )
-    if is_number:
-        return f"{float(scale):.6g}"
-    return f"{scale.dtype}{list(scale.shape)}" if isinstance(scale, (jax.Array, np.ndarray)) else repr(scale)
+    """A number as it is, a larger array by its type and shape."""
+    if not isinstance(scale, (jax.Array, np.ndarray)) or isinstance(scale, jax.core.Tracer):
+        return repr(scale)
+    return f"{float(scale):.6g}" if scale.ndim == 0 else f"{scale.dtype}{list(scale.shape)}"
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -43,6 +43,7 @@ class Scope:
         self.hooks = hooks
         self.observations: Observations = {}
         self._rebuilders = rebuilders
+        self._dequantized: dict[int, tuple[Any, Array]] = {}
 
     def inner(self, body: jaxprs.Body, inputs: Sequence[Value]) -> tuple[list[Array], Observations]:
         """The results and observations of a body in a new scope."""
@@ -80,7 +81,7 @@ class Scope:
 
     def ordinary(self, eqn: JaxprEqn, operands: list[Value]) -> Sequence[Value]:
         """Binds the equation; results that are views of a weight stay tracked."""
-        arrays = [as_array(v) for v in operands]
+        arrays = [self.array(v) for v in operands]
 
         def resolve(atom: jaxprs.Atom) -> Any:
             return atom.val if isinstance(atom, Literal) else arrays[list(eqn.invars).index(atom)]
@@ -95,7 +96,7 @@ class Scope:
     def contraction(self, eqn: JaxprEqn, operands: list[Value], weight: int) -> list[Array]:
         """A contraction of a tracked weight, hooks applied if it is one that can be quantized."""
         tracked, contraction = operands[weight], contraction_with(eqn, weight)
-        arrays = [as_array(v) for v in operands]
+        arrays = [self.array(v) for v in operands]
         if isinstance(tracked, Tracked) and not isinstance(contraction, str):
             roles = axis_roles(tracked.view, contraction.weight_contracted, contraction.weight_stacked, ())
             if not isinstance(roles, str):
@@ -105,6 +106,16 @@ class Scope:
                     self.absorb({meeting.leaf: meeting.observe(self.hooks.statistic)})
                 arrays[1 - weight] = self.hooks.replace_activation(meeting)
         return jaxprs.bind(eqn, arrays)
+
+    def array(self, value: Value) -> Array:
+        """The value as an array. A quantized weight is dequantized once in a scope, however often it is sliced."""
+        if not isinstance(value, Tracked):
+            return value
+        key = id(value.value)
+        if key not in self._dequantized:
+            # Keeping the weight beside its values keeps its id from being given to another.
+            self._dequantized[key] = (value.value, value.array())
+        return self._dequantized[key][1]
 
     def absorb(self, observations: Observations) -> None:
         """Merges observations into this scope's."""

@@ -5,12 +5,13 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
-import jaxfp4
 import numpy as np
 import pytest
+
+import jaxfp4
+from interop.models import MODELS
 from jaxfp4.algorithms import observed
 from jaxfp4.recipes import Role
-from models import MODELS
 
 pytestmark = [
     # What the packages themselves do: tunix still uses names that Flax and JAX have deprecated.
@@ -28,7 +29,7 @@ def models():
         yield pytest.param(name, id=name, marks=pytest.mark.skipif(missing, reason=reason))
 
 
-each_model = pytest.mark.parametrize("name", models())
+each_model = pytest.mark.parametrize("name", list(models()))
 
 
 @functools.cache
