@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import track
 
 from jaxfp4.algorithms.inputs import leaves_for, tracked_inputs
-from jaxfp4.formats import LeafError, nvfp4
+from jaxfp4.formats import LeafError
 from jaxfp4.recipes.plan import Plan, PlannedWeight
+from jaxfp4.tensors.quantize import global_scale_of
 from jaxfp4.transform.evaluate import evaluate
 from jaxfp4.transform.scope import Hooks
 from jaxfp4.transform.trace import ApplyFn, trace
@@ -117,7 +118,7 @@ def input_scales(plan: Plan, stats: Mapping[str, Array] | None) -> dict[str, Arr
                 f"{entry.path}: its activations were all zero{where} in calibration: wanted some data to reach it; "
                 "calibrate on other batches, or leave its activations unquantized with a W4A16 rule"
             )
-        scales[entry.path] = nvfp4.global_scale(amax)
+        scales[entry.path] = global_scale_of(amax)
     return scales
 
 

@@ -89,7 +89,7 @@ def fake_quantize(x: Array, axis: int | Sequence[int] = -1, *, global_amax: Arra
     """
     x = as_float_array(x)
     blocking = Blocking(x.shape, normalize_axes(axis, x.ndim))
-    return _straight_through(x, _global_scale(_amax_for(x, blocking, global_amax)), blocking)
+    return _straight_through(x, global_scale_of(_amax_for(x, blocking, global_amax)), blocking)
 
 
 def fake_quantize_with_scale(x: Array, axis: int | Sequence[int], global_scale: Array) -> Array:
@@ -135,7 +135,8 @@ def _encode(blocks: Array, global_scale: Array, axis: int) -> Encoded:
     return Encoded(nvfp4.encode_values(blocks, nvfp4.decode_scale(scales), global_scale), scales)
 
 
-_global_scale = jax.jit(nvfp4.global_scale)
+global_scale_of = jax.jit(nvfp4.global_scale)
+"""`jaxfp4.formats.nvfp4.global_scale`, compiled."""
 
 
 @jax.jit
