@@ -108,6 +108,27 @@ def test_scales_of_layers_stacked_along_any_axis(axis):
     np.testing.assert_allclose(quantized(apply, result)(qparams, X), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["slices", "fori_loop"])
+def test_scales_of_layers_taken_by_index(form):
+    """A layer taken out of a stack brings its own input scale."""
+    w = draw(3, D, D) / 4
+
+    def apply(p, x):
+        if form == "fori_loop":
+            return lax.fori_loop(0, 3, lambda i, c: c @ p["w"][i], x)
+        for i in range(3):
+            x = x @ p["w"][i]
+        return x
+
+    result = plan(apply, {"w": w}, X)
+    amaxes = jnp.abs(X).max() * jnp.array([1, 7, 0.2])
+    expected = X
+    for layer, amax in zip(w, amaxes, strict=True):
+        expected = jaxfp4.fake_quantize(expected, -1, global_amax=amax) @ jaxfp4.quantize(layer, 0).dequantize()
+    found = quantized(apply, result)(quantize_params({"w": w}, result, {"w": amaxes}), X)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "contraction",
     [

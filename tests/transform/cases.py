@@ -508,6 +508,30 @@ for _name, _moe in {"batched": _gated, "scanned": _gated_scanned, "unrolled": _g
         _moe_layers_amaxes,
     )
 
+# Experts in front of layers: the scan runs over the second axis of the stack.
+
+
+def _experts_before_layers(p, x):
+    return lax.scan(lambda c, w: (_halved(jnp.einsum("etd,edf->etf", c, w)), None), x, jnp.moveaxis(p["w"], 1, 0))[0]
+
+
+def _experts_before_layers_amaxes(p, x):
+    c, seen = np.asarray(x), []
+    for i in range(L):
+        seen.append(amax(c, (1, 2)))
+        c = np.einsum("etd,edf->etf", c, np.asarray(p["w"])[:, i]) * np.float32(0.5)
+    return {"w": np.stack(seen, 1)}
+
+
+stack(
+    "experts in front of layers",
+    _experts_before_layers,
+    {"w": Found((2,), layers=(1,), experts=(0,), siblings=("w",))},
+    {"w": (E, L, D, D)},
+    _experts_before_layers_amaxes,
+    (E, T, D),
+)
+
 # Branches.
 
 
