@@ -35,7 +35,7 @@ def demo(console: Console, out_dir: Path | None = None) -> None:
     console.rule(f"built-in model on {jax.device_count()} virtual devices, mesh {MAIN_MESH}")
     model = load_builtin(make_mesh(MAIN_MESH))
     apply_fn, params = from_flax(model)
-    calibration = calibration_batches(8, 8, LENGTH)
+    calibration = calibration_batches(4, 8, LENGTH)
     plan = jaxfp4.plan(apply_fn, params, calibration[0], recipe="nvfp4")
     console.print(plan)
     stats = jaxfp4.calibrate(apply_fn, params, calibration, plan)
@@ -53,7 +53,7 @@ def demo(console: Console, out_dir: Path | None = None) -> None:
 
 def _cost_table(apply_fn: Any, params: Any, qparams: Any, plan: jaxfp4.Plan) -> Table:
     """Held-out bits per byte before and after."""
-    heldout = heldout_batches(4, 16, LENGTH)
+    heldout = heldout_batches(3, 16, LENGTH)
     before = bits_per_byte(apply_fn, params, heldout)
     after = bits_per_byte(jaxfp4.quantized(apply_fn, plan), qparams, heldout)
     table = Table(title="held-out text of the standard library", title_justify="left")
