@@ -11,7 +11,7 @@ import jax
 from jax import Array, lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxfp4.formats import BLOCK_SIZE
+from jaxfp4.formats import BLOCK_SIZE, exact
 from jaxfp4.tensors.blocks import Blocking
 
 AxisNames = tuple[str, ...]
@@ -137,9 +137,13 @@ def enclosing_axes() -> AxisNames:
     return tuple(jax.sharding.get_abstract_mesh().axis_names)
 
 
-def max_over_mesh(x: Array, names: AxisNames) -> Array:
-    """`lax.pmax` over the given axes; `x` itself if there are none, which some JAX versions refuse."""
-    return lax.pmax(x, names) if names else x
+def amax_over_mesh(amax: Array, names: AxisNames) -> Array:
+    """`lax.pmax` of float32 magnitudes over the given axes, NaN if any is NaN; `amax` itself if there are no axes.
+
+    The maximum is taken of bit patterns, which are ordered as magnitudes are, NaN above Inf: a maximum of floats across
+    devices drops NaN on some backends. No axes at all is refused by some versions of JAX.
+    """
+    return exact.as_float(lax.pmax(exact.magnitude_bits(amax), names)) if names else amax
 
 
 def replicated(x: Array) -> Array:

@@ -11,7 +11,7 @@ from jax import Array
 
 from jaxfp4.formats import BLOCK_SIZE, exact
 from jaxfp4.tensors.blocks import Blocking, normalize_axes
-from jaxfp4.tensors.mesh import AxisNames, Layout, enclosing_axes, layout_of, max_over_mesh, place, varying_axes
+from jaxfp4.tensors.mesh import AxisNames, Layout, amax_over_mesh, enclosing_axes, layout_of, place, varying_axes
 
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -69,7 +69,7 @@ def global_amax(x: Array, *, keep_axes: Sequence[int] = (), axis_names: AxisName
     if unknown:
         raise ValueError(f"axis_names={axis_names!r} inside a shard_map: wanted axes of its mesh, {enclosing_axes()}")
     names = varying if axis_names is None else tuple(name for name in axis_names if name in varying)
-    return max_over_mesh(_global_amax(x, keep), names)
+    return amax_over_mesh(_global_amax(x, keep), names)
 
 
 def as_float_array(x: Array) -> Array:
@@ -121,7 +121,7 @@ def _global_amax_sharded(x: Array, keep: tuple[int, ...], layout: Layout) -> Arr
     names = tuple(name for name in layout.splitting if name not in kept.splitting)
 
     def local(shard: Array) -> Array:
-        return max_over_mesh(_global_amax(shard, keep), names)
+        return amax_over_mesh(_global_amax(shard, keep), names)
 
     out = kept.spec if keep else jax.P()
     return jax.shard_map(local, mesh=layout.mesh, in_specs=layout.spec, out_specs=out)(x)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxfp4.formats import exact
-from jaxfp4.tensors.mesh import AxisNames, max_over_mesh
+from jaxfp4.tensors.mesh import AxisNames, amax_over_mesh
 
 
 class Statistic(Protocol):
@@ -61,5 +61,5 @@ class AbsoluteMaximum:
         return state.at[index].max(observed, mode="drop")
 
     def merge_over_mesh(self, state: Array, names: AxisNames) -> Array:
-        """`lax.pmax`."""
-        return max_over_mesh(state, names)
+        """`lax.pmax`, which keeps NaN."""
+        return amax_over_mesh(state, names)
