@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 
 from jaxfp4.formats import exact, nvfp4
 from jaxfp4.tensors.blocks import Blocking, normalize_axes
@@ -72,7 +71,9 @@ def quantize_unchecked(
         packed, scales, global_scale = _quantize(w, amax, blocking)
     else:
         layout = layout.with_whole_blocks(blocking)
-        packed, scales, global_scale = _quantize_sharded(place(w, layout), _place_amax(amax, layout), blocking, layout)
+        packed, scales, global_scale = _quantize_sharded(
+            place(w, layout), place(amax, _amax_layout(amax, layout)), blocking, layout
+        )
     axes = tuple(a - w.ndim for a in blocking.axes)
     sizes = tuple(w.shape[a] for a in blocking.axes)
     return NVFP4Tensor(packed, scales, global_scale, axes, sizes, w.dtype)
@@ -106,7 +107,9 @@ def _straight_through(x: Array, global_scale: Array, blocking: Blocking) -> Arra
         refuse_cut_blocks(x, blocking)
         return _fake_quantize(x, global_scale, blocking)
     whole = layout.with_whole_blocks(blocking)
-    result = _fake_quantize_sharded(place(x, whole), _place_amax(global_scale, whole), blocking, whole)
+    result = _fake_quantize_sharded(
+        place(x, whole), place(global_scale, _amax_layout(global_scale, whole)), blocking, whole
+    )
     return place(result, layout)
 
 
@@ -160,7 +163,7 @@ def _quantize_sharded(w: Array, amax: Array, blocking: Blocking, layout: Layout)
     def local(shard: Array, amax: Array) -> tuple[Array, Array, Array]:
         return _quantize(shard, amax, Blocking(shard.shape, blocking.axes))
 
-    amax_spec = _amax_spec(amax, layout)
+    amax_spec = _amax_layout(amax, layout).spec
     codes_spec = layout.merged(blocking).spec
     return jax.shard_map(
         local,
@@ -185,17 +188,10 @@ def _fake_quantize_sharded(x: Array, global_scale: Array, blocking: Blocking, la
         return _fake_quantize(shard, global_scale, Blocking(shard.shape, blocking.axes))
 
     return jax.shard_map(
-        local, mesh=layout.mesh, in_specs=(layout.spec, _amax_spec(global_scale, layout)), out_specs=layout.spec
+        local, mesh=layout.mesh, in_specs=(layout.spec, _amax_layout(global_scale, layout).spec), out_specs=layout.spec
     )(x, global_scale)
 
 
-def _amax_spec(amax: Array, layout: Layout) -> PartitionSpec:
-    if amax.ndim == 0:
-        return PartitionSpec()
-    return layout.restricted([d for d, n in enumerate(amax.shape) if n > 1]).spec
-
-
-def _place_amax(amax: Array, layout: Layout) -> Array:
-    spec = _amax_spec(amax, layout)
-    names = tuple(() if entry is None else (entry if isinstance(entry, tuple) else (entry,)) for entry in spec)
-    return place(amax, Layout(layout.mesh, names))
+def _amax_layout(amax: Array, layout: Layout) -> Layout:
+    """How an amax or a global scale lies beside its tensor: split where it has a value for each entry of an axis."""
+    return layout.restricted([d for d, n in enumerate(amax.shape) if n > 1]) if amax.ndim else Layout(layout.mesh, ())
