@@ -22,7 +22,7 @@ from jaxfp4.transform.evaluate import evaluate
 from jaxfp4.transform.scope import Hooks
 from jaxfp4.transform.trace import ApplyFn, trace
 
-Stats = dict[str, Array]
+Stats = dict[str, dict[str, Array]]
 CalibrateFn = Callable[..., Stats]
 
 log = logging.getLogger("jaxfp4")
@@ -39,7 +39,8 @@ def observed(apply_fn: ApplyFn, plan: Plan) -> Callable[..., tuple[Any, Stats]]:
         leaves = leaves_for(plan, params)
         traced = trace(apply_fn, leaves, args)
         inputs = [*tracked_inputs(plan, leaves, plan.observed), *jax.tree.leaves(args)]
-        results, seen = evaluate(traced.body, inputs, Hooks(statistic=plan.statistic))
+        statistics = {e.weight.leaf: plan.statistics[e.path] for e in plan.observed}
+        results, seen = evaluate(traced.body, inputs, Hooks(statistics=statistics))
         stats = {e.path: seen[e.weight.leaf] for e in plan.observed if e.weight.leaf in seen}
         return jax.tree.unflatten(traced.out_tree, results), {**plan.init_stats(), **stats}
 
@@ -59,7 +60,7 @@ def make_calibrate_fn(apply_fn: ApplyFn, plan: Plan) -> CalibrateFn:
     def calibrate_fn(params: Any, stats: Stats, *args: Any) -> Stats:
         _refuse_wrong_stats(plan, stats)
         _, seen = observed_fn(params, *args)
-        return {path: plan.statistic.merge(state, seen[path]) for path, state in stats.items()}
+        return {path: plan.statistics[path].merge(state, seen[path]) for path, state in stats.items()}
 
     return calibrate_fn
 
@@ -91,24 +92,23 @@ def _tracked(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     )
 
 
-def input_scales(plan: Plan, stats: Mapping[str, Array] | None) -> dict[str, Array]:
+def input_scales(plan: Plan, stats: Mapping[str, Mapping[str, Array]] | None) -> dict[str, Array]:
     """By path, the float32 global scale of each weight's activation: `[]`, or `[L]` for a stack of layers.
 
-    `max` of the amaxes over experts and siblings, divided by 2688. Without statistics there are none; those of weights
-    whose activations the plan leaves alone are not used, so one calibration serves several recipes. Raises ValueError
-    for statistics of another model, and `LeafError` where they hold NaN or Inf, or only zeros for a layer.
+    `max` of the amaxes over experts and siblings, divided by 2688. Without statistics there are none; what the plan
+    does not use of them is ignored, so one calibration serves several recipes. Raises ValueError for statistics of
+    another model, and `LeafError` where they hold NaN or Inf, or only zeros for a layer.
     """
     if stats is None:
         return {}
-    unused = {e.path for e in plan.entries} - {e.path for e in plan.observed}
-    stats = {path: state for path, state in stats.items() if path not in unused}
-    _refuse_wrong_stats(plan, stats)
-    traced = any(isinstance(state, jax.core.Tracer) for state in stats.values())
+    stats = used_stats(plan, stats)
+    traced = any(isinstance(state, jax.core.Tracer) for state in jax.tree.leaves(stats))
     if not traced:
         _refuse_non_finite(stats)
-    amaxes = {e.path: _over_experts(e, stats[e.path]) for e in plan.observed}
+    entries = plan.with_input_scale
+    amaxes = {e.path: _over_experts(e, stats[e.path]["amax"]) for e in entries}
     scales = {}
-    for entry in plan.observed:
+    for entry in entries:
         members = [amaxes[other.path] for other in plan.siblings(entry) if other.path in amaxes]
         amax = functools.reduce(jnp.maximum, members)
         if not traced and not np.all(np.asarray(amax) > 0):
@@ -122,12 +122,28 @@ def input_scales(plan: Plan, stats: Mapping[str, Array] | None) -> dict[str, Arr
     return scales
 
 
-def unseen_experts(plan: Plan, stats: Mapping[str, Array]) -> dict[str, list[Any]]:
+def used_stats(plan: Plan, stats: Mapping[str, Mapping[str, Array]]) -> Stats:
+    """The part of the statistics that the plan asks for; an error for what is missing or of the wrong shape."""
+    _refuse_bare_arrays(stats)
+    known = {e.path for e in plan.entries}
+    wanted = jax.eval_shape(plan.init_stats)
+    part = {
+        path: {name: state for name, state in states.items() if name in wanted.get(path, {})}
+        for path, states in stats.items()
+        if path in wanted or path not in known
+    }
+    _refuse_wrong_stats(plan, part)
+    return part
+
+
+def unseen_experts(plan: Plan, stats: Mapping[str, Mapping[str, Array]]) -> dict[str, list[Any]]:
     """By path, the experts whose activations were nothing or zeros: `[3]`, or `[[layer, 3]]` in a stack of layers."""
     result = {}
     for entry in plan.observed:
         if entry.weight.expert_axes:
-            missing = np.argwhere(np.asarray(stats[entry.path]) == 0)
+            state = np.asarray(next(iter(stats[entry.path].values())))
+            rank = len(entry.weight.stack_axes)
+            missing = np.argwhere(np.all(state == 0, tuple(range(rank, state.ndim))))
             if len(missing):
                 result[entry.path] = (missing[:, 0] if missing.shape[1] == 1 else missing).tolist()
     return result
@@ -138,20 +154,34 @@ def _over_experts(entry: PlannedWeight, amax: Array) -> Array:
     return jnp.max(amax, [stack.index(a) for a in entry.weight.expert_axes])
 
 
-def _refuse_wrong_stats(plan: Plan, stats: Mapping[str, Array]) -> None:
-    wanted = {e.path: e.weight.sizes(e.weight.stack_axes) for e in plan.observed}
+def _refuse_wrong_stats(plan: Plan, stats: Mapping[str, Mapping[str, Array]]) -> None:
+    _refuse_bare_arrays(stats)
+    wanted = jax.eval_shape(plan.init_stats)
     if set(stats) != set(wanted):
         odd = sorted(set(stats) ^ set(wanted))[0]
         state = "missing from" if odd in wanted else "unknown in"
         raise ValueError(f"stats of another plan: {odd!r} is {state} them; start with plan.init_stats()")
-    for path, shape in wanted.items():
-        if stats[path].shape != shape:
-            raise LeafError(f"{path}: statistics of shape {stats[path].shape}: wanted {shape}; use plan.init_stats()")
+    for path, states in wanted.items():
+        for name, state in states.items():
+            found = stats[path][name].shape if name in stats[path] else "nothing"
+            if found != state.shape:
+                raise LeafError(
+                    f"{path}: statistics {name!r} of shape {found}: wanted {state.shape}; use plan.init_stats()"
+                )
 
 
-def _refuse_non_finite(stats: Mapping[str, Array]) -> None:
-    for path, state in stats.items():
-        if not np.all(np.isfinite(np.asarray(state))):
+def _refuse_bare_arrays(stats: Mapping[str, Any]) -> None:
+    for path, states in stats.items():
+        if not isinstance(states, Mapping):
+            raise LeafError(
+                f"{path}: its statistics are of type {type(states).__name__}: wanted a dict like {{'amax': array}}; "
+                "use plan.init_stats() and what calibrate returns"
+            )
+
+
+def _refuse_non_finite(stats: Mapping[str, Mapping[str, Array]]) -> None:
+    for path, states in stats.items():
+        if not all(np.all(np.isfinite(np.asarray(state))) for state in states.values()):
             raise LeafError(
                 f"{path}: its activations hold NaN or Inf: wanted finite calibration data; check the batches and that "
                 "the model's own outputs are finite"

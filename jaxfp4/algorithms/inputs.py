@@ -45,8 +45,8 @@ def _tracked(entry: PlannedWeight, value: Any) -> Tracked:
     stack = {a: weight.shape[a] for a in weight.stack_axes}
     view = whole(weight.leaf, weight.shape)
     if not isinstance(value, QuantizedWeight):
-        return Tracked(value, view, stack, weight.layer_axes, {})
+        rotation = 0 if entry.method.rotation is None else entry.method.rotation.size
+        return Tracked(value, view, stack, weight.layer_axes, {}, rotation)
     scales = {"input_scale": value.input_scale, "pre_scale": value.pre_scale}
-    return Tracked(
-        value.weight, view, stack, weight.layer_axes, {name: s for name, s in scales.items() if s is not None}
-    )
+    present = {name: s for name, s in scales.items() if s is not None}
+    return Tracked(value.weight, view, stack, weight.layer_axes, present, value.rotation)

@@ -2,44 +2,80 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxfp4.algorithms.calibration import input_scales
+from jaxfp4.algorithms.calibration import Stats, input_scales, used_stats
+from jaxfp4.algorithms.encoders import encoder_for
 from jaxfp4.algorithms.inputs import leaves_for
 from jaxfp4.algorithms.maximum import shared_amaxes
+from jaxfp4.algorithms.moments import moments_for
 from jaxfp4.formats import LeafError
 from jaxfp4.formats.errors import leaf as naming_leaf
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.tensors import QuantizedWeight, global_amax, quantize_unchecked
+from jaxfp4.tensors.hadamard import hadamard
 
 
-def quantize_params(params: Any, plan: Plan, stats: Mapping[str, Array] | None = None) -> Any:
+def quantize_params(params: Any, plan: Plan, stats: Mapping[str, Any] | None = None) -> Any:
     """`params` with a `QuantizedWeight` in the place of each weight that the plan quantizes; same tree otherwise.
 
     Packed codes, block scales and global scales are the same bits for every sharding of `params`. Input scales come
-    from `stats`; without them weights are quantized all the same, and `quantized` takes the scale of W4A4 activations
-    from each activation as it comes. Weights keep their sharding and are quantized one after the other.
+    from `stats`; without them weights are quantized all the same if their method needs none, and `quantized` takes the
+    scale of W4A4 activations from each activation as it comes. Weights keep their sharding and are quantized one after
+    the other.
 
     Raises `LeafError` with the path of a weight that holds NaN or Inf, that is not as in the plan, or whose
-    statistics are unusable. Under jit non-finite weights cannot be reported; they dequantize to NaN.
+    statistics are missing or unusable. Under jit non-finite weights cannot be reported; they dequantize to NaN.
     """
     leaves = leaves_for(plan, params)
     arrays = {e.path: leaves.values[e.weight.leaf] for e in plan.quantized}
     scales = input_scales(plan, stats)
+    used = None if stats is None else used_stats(plan, stats)
     quantized: dict[int, QuantizedWeight] = {}
     for group in _sibling_groups(plan):
-        amaxes = shared_amaxes(plan, group, arrays)
+        rotated = {e.path: _rotated(e, arrays[e.path]) for e in group}
+        amaxes = shared_amaxes(plan, group, rotated)
+        divisor = min(e.method.scales.divisor for e in group)
         for entry in group:
-            with naming_leaf(entry.path):
-                tensor = quantize_unchecked(arrays[entry.path], entry.weight.contracted, global_amax=amaxes[entry.path])
-            quantized[entry.weight.leaf] = QuantizedWeight(tensor, scales.get(entry.path))
+            weight = _quantized(plan, entry, rotated[entry.path], amaxes[entry.path], divisor, used)
+            quantized[entry.weight.leaf] = dataclasses.replace(weight, input_scale=scales.get(entry.path))
     _refuse_non_finite(arrays, {e.path: quantized[e.weight.leaf].weight.global_scale for e in plan.quantized})
     return leaves.rebuilt([quantized.get(i, value) for i, value in enumerate(leaves.values)])
+
+
+def _quantized(
+    plan: Plan, entry: PlannedWeight, w: Array, amax: Array, divisor: int, stats: Stats | None
+) -> QuantizedWeight:
+    """One weight in NVFP4, after what its method does to its channels."""
+    method = entry.method
+    form = max(method.scales.moments, method.rounding.moments, key=lambda form: form.value)
+    with naming_leaf(entry.path):
+        moments = moments_for(plan, entry, stats, form)
+        tensor = quantize_unchecked(
+            w,
+            entry.weight.contracted,
+            global_amax=amax,
+            divisor=divisor,
+            encoder=encoder_for(method),
+            moments=moments,
+        )
+    tensor = dataclasses.replace(tensor, dtype=np.dtype(entry.weight.dtype))
+    return QuantizedWeight(tensor, rotation=0 if method.rotation is None else method.rotation.size)
+
+
+def _rotated(entry: PlannedWeight, w: Array) -> Array:
+    """The weight to quantize: with a rotation, in float32 so that nothing is rounded twice."""
+    if entry.method.rotation is None:
+        return w
+    with naming_leaf(entry.path):
+        return hadamard(w.astype(jnp.float32), entry.weight.contracted, entry.method.rotation.size)
 
 
 def _sibling_groups(plan: Plan) -> list[tuple[PlannedWeight, ...]]:

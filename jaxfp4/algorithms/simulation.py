@@ -14,7 +14,7 @@ from jaxfp4.recipes.plan import Plan, Scheme
 from jaxfp4.tensors.quantize import fake_quantize, fake_quantize_with_scale
 from jaxfp4.transform.evaluate import evaluate
 from jaxfp4.transform.scope import Hooks
-from jaxfp4.transform.sites import Meeting
+from jaxfp4.transform.sites import Meeting, along
 from jaxfp4.transform.trace import ApplyFn, trace
 
 
@@ -28,7 +28,7 @@ def quantized(apply_fn: ApplyFn, plan: Plan) -> Callable[..., Any]:
     schemes = {entry.weight.leaf: entry.scheme for entry in plan.quantized}
 
     def replace_activation(meeting: Meeting) -> Array:
-        activation = _pre_scaled(meeting)
+        activation = meeting.rotated(_pre_scaled(meeting))
         if schemes[meeting.leaf] is not Scheme.W4A4:
             return activation
         return _quantize_activation(activation, meeting.activation_dimensions, meeting.weight.scale("input_scale"))
@@ -59,9 +59,6 @@ def _pre_scaled(meeting: Meeting) -> Array:
 
 def _quantize_activation(x: Array, dimensions: tuple[int, ...], scale: Array | None) -> Array:
     """Fake-quantized along `dimensions`, flattened in this order, which is that of the weight."""
-    order = [d for d in range(x.ndim) if d not in dimensions] + list(dimensions)
-    in_order = list(dimensions) == sorted(dimensions)
-    moved, axes = (x, dimensions) if in_order else (jnp.transpose(x, order), range(x.ndim - len(dimensions), x.ndim))
-    axes = tuple(axes)
-    result = fake_quantize(moved, axes) if scale is None else fake_quantize_with_scale(moved, axes, scale)
-    return result if in_order else jnp.transpose(result, [order.index(d) for d in range(x.ndim)])
+    if scale is None:
+        return along(x, dimensions, fake_quantize)
+    return along(x, dimensions, lambda moved, axes: fake_quantize_with_scale(moved, axes, scale))

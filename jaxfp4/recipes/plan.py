@@ -5,20 +5,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax import Array
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from jaxfp4.formats.errors import leaf as naming_leaf
-from jaxfp4.recipes.recipe import ExpertScale, Recipe, Rule, Scheme, get
+from jaxfp4.recipes.methods import MAX_CALIBRATION, Method
+from jaxfp4.recipes.presets import get
+from jaxfp4.recipes.recipe import ExpertScale, Recipe, Rule, Scheme
 from jaxfp4.tensors.blocks import normalize_axes
 from jaxfp4.tensors.mesh import replicated_beside
-from jaxfp4.transform.statistics import AbsoluteMaximum, Statistic
+from jaxfp4.transform.statistics import (
+    AbsoluteMaximum,
+    ChannelMaximum,
+    ChannelSum,
+    MomentForm,
+    SecondMoments,
+    State,
+    Statistic,
+    Statistics,
+)
 from jaxfp4.transform.trace import ApplyFn, leaves_of
 from jaxfp4.transform.weights import Role, Weight, find_weights
 
@@ -30,6 +41,7 @@ class PlannedWeight:
     weight: Weight
     scheme: Scheme
     reason: str = ""
+    method: Method = MAX_CALIBRATION
 
     @property
     def path(self) -> str:
@@ -40,6 +52,11 @@ class PlannedWeight:
     def quantized(self) -> bool:
         """Whether the weight becomes NVFP4."""
         return self.scheme is not Scheme.NONE
+
+    @property
+    def channels(self) -> int:
+        """The length of the contraction."""
+        return math.prod(self.weight.sizes(self.weight.contracted))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -59,23 +76,57 @@ class Plan:
         """The entries that become NVFP4, in the order of the tree."""
         return tuple(entry for entry in self.entries if entry.quantized)
 
+    @functools.cached_property
+    def statistics(self) -> Mapping[str, Statistic]:
+        """By path, what calibration collects of the activation that a weight meets; empty for weight-only max.
+
+        `amax` for the scale of W4A4 activations, and what the method of the weight wants. Siblings with the same stacks
+        meet the same activation, so the first of them collects the second moments for all.
+        """
+        found = {entry.path: self._statistics_of(entry) for entry in self.quantized}
+        return {path: Statistics(parts) for path, parts in found.items() if parts}
+
+    def _statistics_of(self, entry: PlannedWeight) -> tuple[tuple[str, Statistic], ...]:
+        parts: list[tuple[str, Statistic]] = []
+        channels = entry.channels
+        if entry.scheme is Scheme.W4A4:
+            parts.append(("amax", AbsoluteMaximum()))
+        if entry.method.channels is not None:
+            parts.append(("channel_amax", ChannelMaximum(channels)))
+            parts.append(("channel_sum", ChannelSum(channels)))
+        alike = self._sharing_moments(entry)
+        form = max((e.method.moments for e in alike), key=lambda f: f.value)
+        if form is not MomentForm.NONE and alike[0] is entry:
+            parts.append(("moments", SecondMoments(channels, form)))
+        return tuple(parts)
+
+    def _sharing_moments(self, entry: PlannedWeight) -> tuple[PlannedWeight, ...]:
+        """The siblings, this entry included, whose second moments are the same array."""
+        stack = entry.weight.sizes(entry.weight.stack_axes)
+        return tuple(e for e in self.siblings(entry) if e.weight.sizes(e.weight.stack_axes) == stack)
+
+    def moments_source(self, entry: PlannedWeight) -> tuple[str, MomentForm]:
+        """The path whose statistics hold the entry's second moments, and in which form."""
+        alike = self._sharing_moments(entry)
+        return alike[0].path, max((e.method.moments for e in alike), key=lambda f: f.value)
+
     @property
     def observed(self) -> tuple[PlannedWeight, ...]:
-        """The entries whose activation is quantized too and so must be calibrated."""
-        return tuple(entry for entry in self.entries if entry.scheme is Scheme.W4A4)
+        """The entries whose activation must be calibrated."""
+        return tuple(entry for entry in self.quantized if entry.path in self.statistics)
 
     @property
-    def statistic(self) -> Statistic:
-        """What calibration collects."""
-        return AbsoluteMaximum()
+    def with_input_scale(self) -> tuple[PlannedWeight, ...]:
+        """The entries whose activation is quantized too."""
+        return tuple(entry for entry in self.quantized if entry.scheme is Scheme.W4A4)
 
-    def init_stats(self, params: Any = None) -> dict[str, Array]:
-        """Statistics before the first batch: by path, an array over the stack axes of the weight.
+    def init_stats(self, params: Any = None) -> dict[str, State]:
+        """Statistics before the first batch: by path and name, arrays over the stack axes of the weight.
 
         With `params` they are placed on the mesh of these parameters, as the statistics after a batch are; a jitted
         function of them then compiles once and not once for each placement.
         """
-        stats = {e.path: self.statistic.init(e.weight.sizes(e.weight.stack_axes)) for e in self.observed}
+        stats = {e.path: self.statistics[e.path].init(e.weight.sizes(e.weight.stack_axes)) for e in self.observed}
         return stats if params is None else replicated_beside(stats, params)
 
     def siblings(self, entry: PlannedWeight) -> tuple[PlannedWeight, ...]:
@@ -149,7 +200,7 @@ def _decide(recipe: Recipe, weight: Weight) -> PlannedWeight:
                 "contraction with Rule(Scheme.W4A16, axis=...)"
             )
         return PlannedWeight(weight, Scheme.NONE, weight.obstacle)
-    return PlannedWeight(weight, rule.scheme)
+    return PlannedWeight(weight, rule.scheme, method=rule.method)
 
 
 def _why_left(weight: Weight) -> str:
@@ -167,7 +218,14 @@ def _with_stated_axis(weight: Weight, rule: Rule, axis: int | tuple[int, ...]) -
                 f"a rule with axis={axis} asks for {rule.scheme.value}: wanted W4A16; nothing is known of "
                 "its activation"
             )
-    return PlannedWeight(dataclasses.replace(weight, contracted=axes, siblings=(weight.path,)), rule.scheme)
+        method = rule.method
+        if method.moments is not MomentForm.NONE or method.channels is not None or method.rotation is not None:
+            raise ValueError(
+                f"a rule with axis={axis} asks for {method}: wanted a method that needs nothing of the activation, of "
+                "which nothing is known; use Max, Mse or FourOverSix scales"
+            )
+    stated = dataclasses.replace(weight, contracted=axes, siblings=(weight.path,))
+    return PlannedWeight(stated, rule.scheme, method=rule.method)
 
 
 def _refuse_unmatched_rules(recipe: Recipe, weights: tuple[Weight, ...]) -> None:

@@ -7,6 +7,7 @@ import enum
 import fnmatch
 from collections.abc import Sequence
 
+from jaxfp4.recipes.methods import MAX_CALIBRATION, Method
 from jaxfp4.transform.weights import Role, Weight
 
 QUANTIZED_BY_DEFAULT = frozenset({Role.ATTENTION, Role.EXPERT, Role.LINEAR})
@@ -47,6 +48,8 @@ class Rule:
     exclude: tuple[str, ...] = ()
     roles: frozenset[Role] | None = None
     axis: int | tuple[int, ...] | None = None
+    method: Method = MAX_CALIBRATION
+    """How codes and scales are chosen."""
 
     def matches_path(self, path: str) -> bool:
         """Whether the patterns choose this path."""
@@ -84,35 +87,3 @@ class Recipe:
         except ValueError:
             wanted = " or ".join(repr(e.value) for e in ExpertScale)
             raise ValueError(f"expert_scale={expert_scale!r}: wanted {wanted}") from None
-
-
-_MLP = frozenset({Role.LINEAR, Role.EXPERT})
-
-PRESETS = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("nvfp4", (Rule(Scheme.W4A4),)),
-        Recipe("nvfp4_weight_only", (Rule(Scheme.W4A16),)),
-        Recipe("nvfp4_mlp_only", (Rule(Scheme.W4A4, roles=_MLP),)),
-        Recipe("nvfp4_mlp_weight_only", (Rule(Scheme.W4A16, roles=_MLP),)),
-        Recipe("nvfp4_experts_only", (Rule(Scheme.W4A4, roles=frozenset({Role.EXPERT})),)),
-    )
-}
-
-
-def names() -> tuple[str, ...]:
-    """The names of the recipes that `plan` and the command line take.
-
-    >>> "nvfp4" in names()
-    True
-    """
-    return tuple(PRESETS)
-
-
-def get(recipe: str | Recipe) -> Recipe:
-    """The recipe of a name, or the recipe itself. ValueError for an unknown name."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    if recipe not in PRESETS:
-        raise ValueError(f"recipe={recipe!r}: wanted a Recipe or one of {', '.join(names())}")
-    return PRESETS[recipe]

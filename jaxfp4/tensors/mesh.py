@@ -60,11 +60,19 @@ class Layout:
         leading = blocking.axes[0] if blocking.merged else blocking.axes[-1]
         return split == [leading] and blocking.length % (self.shards(leading) * BLOCK_SIZE) == 0
 
-    def with_whole_blocks(self, blocking: Blocking) -> Layout:
-        """This layout, or one in which the mesh axes that cut blocks split other dimensions, where they fit."""
-        if self.blocks_are_whole(blocking):
+    def with_whole_blocks(self, blocking: Blocking, *, contraction: bool = False) -> Layout:
+        """This layout, or one in which the mesh axes that cut blocks split other dimensions, where they fit.
+
+        With `contraction` not only blocks are kept whole, but all of the contraction.
+        """
+        if contraction:
+            cut = blocking.axes
+            if not any(self.names[a] for a in cut):
+                return self
+        elif self.blocks_are_whole(blocking):
             return self
-        cut = blocking.axes if blocking.merged else blocking.axes[-1:]
+        else:
+            cut = blocking.axes if blocking.merged else blocking.axes[-1:]
         moving = [name for a in cut for name in self.names[a]]
         names = [() if d in cut else n for d, n in enumerate(self.names)]
         for name in moving:
@@ -144,6 +152,11 @@ def amax_over_mesh(amax: Array, names: AxisNames) -> Array:
     devices drops NaN on some backends. No axes at all is refused by some versions of JAX.
     """
     return exact.as_float(lax.pmax(exact.magnitude_bits(amax), names)) if names else amax
+
+
+def sum_over_mesh(x: Array, names: AxisNames) -> Array:
+    """`lax.psum` over the given axes; `x` itself if there are none."""
+    return lax.psum(x, names) if names else x
 
 
 def replicated(x: Array) -> Array:

@@ -99,7 +99,9 @@ class NVFP4Tensor:
         return f"NVFP4Tensor(shape={self.shape}, axis={axes}, dtype={np.dtype(self.dtype).name}, {bits})"
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "input_scale", "pre_scale"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["weight", "input_scale", "pre_scale"], meta_fields=["rotation"]
+)
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
     """A quantized parameter and what its contraction needs at run time."""
@@ -112,9 +114,13 @@ class QuantizedWeight:
     pre_scale: Array | None = None
     """Factors for the activation's channels, multiplied in before it is quantized; None for none."""
 
+    rotation: int = 0
+    """The size of the groups of channels in which weight and activation are rotated by `hadamard`; 0 for none."""
+
     def __repr__(self) -> str:
         scales = {"input_scale": self.input_scale, "pre_scale": self.pre_scale}
         parts = [repr(self.weight), *(f"{name}={_short(s)}" for name, s in scales.items() if s is not None)]
+        parts += [f"rotation={self.rotation}"] if self.rotation else []
         return f"QuantizedWeight({', '.join(parts)})"
 
 

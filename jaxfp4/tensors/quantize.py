@@ -1,10 +1,11 @@
-"""The quantizer. Packing, simulation and export all go through `_encode`, so they cannot disagree."""
+"""The quantizer. Packing, simulation and export all go through an `Encoder`, so they cannot disagree."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,55 @@ class Encoded(NamedTuple):
 
     values: Array
     scales: Array
+
+
+class Encoder(Protocol):
+    """How codes and block scales are chosen. Hashable: it is a static argument of the compiled quantizers."""
+
+    @property
+    def whole_contraction(self) -> bool:
+        """Whether it needs all values along the contraction on one device, not only whole blocks."""
+        ...
+
+    def __call__(self, w: Array, global_scale: Array, blocking: Blocking, moments: Array | None) -> Encoded:
+        """The codes of an array or a shard; a shard holds whole blocks.
+
+        `global_scale` is `[]` or has the leading axes of `w`, `moments` `[R, ...]` what is known of the activation, its
+        other dimensions those of `w` or 1.
+        """
+        ...
+
+
+ChooseScales = Callable[[Array, Array, int, Array | None], Array]
+"""`(blocks [.., 16, ..], global_scale, axis of 16, moments [R, ...] in blocks or None) -> E4M3 codes [.., 1, ..]`."""
+
+
+def max_scales(blocks: Array, global_scale: Array, axis: int, moments: Array | None = None) -> Array:
+    """Block scales from block amaxes."""
+    return nvfp4.encode_scale(local_block_amax(blocks, axis), global_scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundToNearest:
+    """Each value to the nearest code under the scale chosen for its block."""
+
+    choose_scales: ChooseScales = max_scales
+    whole_contraction: bool = False
+
+    def __call__(self, w: Array, global_scale: Array, blocking: Blocking, moments: Array | None) -> Encoded:
+        """The codes of an array or a shard."""
+        blocks, axis = blocking.to_blocks(w), blocking.axis + 1
+        global_scale = blocking.align(global_scale)
+        scales = self.choose_scales(blocks, global_scale, axis, moments_in_blocks(moments, blocking))
+        return Encoded(nvfp4.encode_values(blocks, nvfp4.decode_scale(scales), global_scale), scales)
+
+
+def moments_in_blocks(moments: Array | None, blocking: Blocking) -> Array | None:
+    """`[R, ...]` with the dimensions of the array cut into blocks as the array is."""
+    if moments is None:
+        return None
+    inner = Blocking(moments.shape[1:], blocking.axes)
+    return jax.vmap(inner.to_blocks)(moments)
 
 
 def quantize(w: Array, axis: int | Sequence[int] = 0, *, global_amax: Array | float | None = None) -> NVFP4Tensor:
@@ -59,20 +109,33 @@ def quantize(w: Array, axis: int | Sequence[int] = 0, *, global_amax: Array | fl
 
 
 def quantize_unchecked(
-    w: Array, axis: int | Sequence[int] = 0, *, global_amax: Array | float | None = None
+    w: Array,
+    axis: int | Sequence[int] = 0,
+    *,
+    global_amax: Array | float | None = None,
+    divisor: int = nvfp4.TENSOR_DIVISOR,
+    encoder: Encoder = RoundToNearest(),
+    moments: Array | None = None,
 ) -> NVFP4Tensor:
-    """As `quantize`, without waiting for the result to see whether it is finite."""
+    """As `quantize`, without waiting for the result to see whether it is finite.
+
+    `divisor` is global amax over global scale, `encoder` chooses codes and block scales, for which it may want
+    `moments` of the activation.
+    """
     w = as_float_array(w)
     blocking = Blocking(w.shape, normalize_axes(axis, w.ndim))
     amax = _amax_for(w, blocking, global_amax)
     layout = layout_of(w)
     if layout is None:
         refuse_cut_blocks(w, blocking)
-        packed, scales, global_scale = _quantize(w, amax, blocking)
+        packed, scales, global_scale = _quantize(w, amax, moments, blocking, divisor, encoder)
     else:
-        layout = layout.with_whole_blocks(blocking)
+        layout = layout.with_whole_blocks(blocking, contraction=encoder.whole_contraction)
+        amax = place(amax, _amax_layout(amax, layout))
+        if moments is not None:
+            moments = place(moments, _moments_layout(moments, layout))
         packed, scales, global_scale = _quantize_sharded(
-            place(w, layout), place(amax, _amax_layout(amax, layout)), blocking, layout
+            place(w, layout), amax, moments, blocking, divisor, encoder, layout
         )
     axes = tuple(a - w.ndim for a in blocking.axes)
     sizes = tuple(w.shape[a] for a in blocking.axes)
@@ -132,12 +195,6 @@ def _amax_for(w: Array, blocking: Blocking, given: Array | float | None) -> Arra
     return amax
 
 
-def _encode(blocks: Array, global_scale: Array, axis: int) -> Encoded:
-    """The one quantizer: codes of `blocks` `[.., blocks, 16, ..]`, whose axis of 16 is `axis`."""
-    scales = nvfp4.encode_scale(local_block_amax(blocks, axis), global_scale)
-    return Encoded(nvfp4.encode_values(blocks, nvfp4.decode_scale(scales), global_scale), scales)
-
-
 global_scale_of = jax.jit(nvfp4.global_scale)
 """`jaxfp4.formats.nvfp4.global_scale`, compiled."""
 
@@ -148,37 +205,40 @@ def _all_finite(*arrays: Any) -> Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a.astype(jnp.float32))) for a in jax.tree.leaves(arrays)]))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _quantize(w: Array, amax: Array, blocking: Blocking) -> tuple[Array, Array, Array]:
-    global_scale = nvfp4.global_scale(amax)
-    encoded = _encode(blocking.to_blocks(w), blocking.align(global_scale), blocking.axis + 1)
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _quantize(
+    w: Array, amax: Array, moments: Array | None, blocking: Blocking, divisor: int, encoder: Encoder
+) -> tuple[Array, Array, Array]:
+    global_scale = nvfp4.global_scale(amax, divisor)
+    encoded = encoder(w, global_scale, blocking, moments)
     packed = nvfp4.pack(encoded.values, blocking.axis + 1)
     packed = lax.collapse(packed, blocking.axis, blocking.axis + 2)
     scales = lax.bitcast_convert_type(jnp.squeeze(encoded.scales, blocking.axis + 1), jnp.float8_e4m3fn)
     return packed, scales, global_scale
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _quantize_sharded(w: Array, amax: Array, blocking: Blocking, layout: Layout) -> tuple[Array, Array, Array]:
-    def local(shard: Array, amax: Array) -> tuple[Array, Array, Array]:
-        return _quantize(shard, amax, Blocking(shard.shape, blocking.axes))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _quantize_sharded(
+    w: Array, amax: Array, moments: Array | None, blocking: Blocking, divisor: int, encoder: Encoder, layout: Layout
+) -> tuple[Array, Array, Array]:
+    def local(shard: Array, amax: Array, moments: Array | None) -> tuple[Array, Array, Array]:
+        return _quantize(shard, amax, moments, Blocking(shard.shape, blocking.axes), divisor, encoder)
 
     amax_spec = _amax_layout(amax, layout).spec
+    moments_spec = None if moments is None else _moments_layout(moments, layout).spec
     codes_spec = layout.merged(blocking).spec
     return jax.shard_map(
         local,
         mesh=layout.mesh,
-        in_specs=(layout.spec, amax_spec),
+        in_specs=(layout.spec, amax_spec, moments_spec),
         out_specs=(codes_spec, codes_spec, amax_spec),
-    )(w, amax)
+    )(w, amax, moments)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _fake_quantize(x: Array, global_scale: Array, blocking: Blocking) -> Array:
-    axis = blocking.axis + 1
-    global_scale = blocking.align(global_scale)
-    encoded = _encode(blocking.to_blocks(x), global_scale, axis)
-    values = nvfp4.dequantize(encoded.values, nvfp4.decode_scale(encoded.scales), global_scale)
+    encoded = RoundToNearest()(x, global_scale, blocking, None)
+    values = nvfp4.dequantize(encoded.values, nvfp4.decode_scale(encoded.scales), blocking.align(global_scale))
     return exact.cast(blocking.from_blocks(values), x.dtype)
 
 
@@ -195,3 +255,9 @@ def _fake_quantize_sharded(x: Array, global_scale: Array, blocking: Blocking, la
 def _amax_layout(amax: Array, layout: Layout) -> Layout:
     """How an amax or a global scale lies beside its tensor: split where it has a value for each entry of an axis."""
     return layout.restricted([d for d, n in enumerate(amax.shape) if n > 1]) if amax.ndim else Layout(layout.mesh, ())
+
+
+def _moments_layout(moments: Array, layout: Layout) -> Layout:
+    """How moments `[R, ...]` lie beside their tensor: split where they have a value for each entry of an axis."""
+    names = [n if size > 1 else () for n, size in zip(layout.names, moments.shape[1:], strict=True)]
+    return Layout(layout.mesh, ((), *names))

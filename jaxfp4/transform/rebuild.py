@@ -18,6 +18,7 @@ from jaxfp4.transform import jaxprs
 from jaxfp4.transform.reach import contracted_in_body
 from jaxfp4.transform.scope import Observations, Rebuild, Scope, Value, as_array
 from jaxfp4.transform.sites import Tracked
+from jaxfp4.transform.statistics import State, Statistic
 from jaxfp4.transform.views import localize
 
 
@@ -66,7 +67,9 @@ def scan(scope: Scope, eqn: JaxprEqn, operands: list[Value]) -> Sequence[Value]:
     )
     scope.absorb(seen)
     stacks = {v.view.leaf: sorted(v.stack) for v in outer if isinstance(v, Tracked)}
-    scope.absorb({leaf: jnp.moveaxis(o, 0, stacks[leaf].index(scanned_axis[leaf])) for leaf, o in stacked.items()})
+    for leaf, observed in stacked.items():
+        place = stacks[leaf].index(scanned_axis[leaf])
+        scope.absorb({leaf: jax.tree.map(functools.partial(jnp.moveaxis, source=0, destination=place), observed)})
     return [*values, *ys]
 
 
@@ -130,7 +133,9 @@ def shard_map(scope: Scope, eqn: JaxprEqn, operands: list[Value]) -> Sequence[Va
 
     def evaluated(arrays: list[Any]) -> tuple[list[Array], Observations]:
         results, observations = scope.inner(body, restore(arrays))
-        return results, {leaf: _merged_over_mesh(scope, observations[leaf], splits[leaf]) for leaf in observed}
+        return results, {
+            leaf: _merged_over_mesh(scope.hooks.statistics[leaf], observations[leaf], splits[leaf]) for leaf in observed
+        }
 
     results, observations = jax.shard_map(
         evaluated,
@@ -154,31 +159,26 @@ REBUILDERS: Mapping[str, Rebuild] = {
 
 
 def _neutral(scope: Scope, body: jaxprs.Body, values: Sequence[Value], without: Iterable[int] = ()) -> Observations:
-    """Neutral statistics of the weights that a body contracts, empty where nothing is observed."""
-    statistic = scope.hooks.statistic
-    if statistic is None:
-        return {}
+    """Neutral statistics of the weights that a body contracts and that are observed."""
+    statistics = scope.hooks.statistics
     leaves = contracted_in_body(body, [v.view if isinstance(v, Tracked) else None for v in values])
     stacks = {v.view.leaf: v.stack for v in values if isinstance(v, Tracked)}
-    sizes = {k: [stacks[k][a] for a in sorted(stacks[k])] for k in sorted(leaves - set(without))}
-    return {k: varying_everywhere(statistic.init(stack)) for k, stack in sizes.items()}
+    wanted = sorted((leaves & set(statistics)) - set(without))
+    neutral = {k: statistics[k].init([stacks[k][a] for a in sorted(stacks[k])]) for k in wanted}
+    return jax.tree.map(varying_everywhere, neutral)
 
 
 def _merged(scope: Scope, seen: Observations, new: Observations) -> Observations:
     """`seen` with the new observations of the same weights merged in."""
-    statistic = scope.hooks.statistic
-    if statistic is None:
-        return seen
-    return {leaf: statistic.merge(state, new[leaf]) if leaf in new else state for leaf, state in seen.items()}
+    statistics = scope.hooks.statistics
+    return {leaf: statistics[leaf].merge(state, new[leaf]) if leaf in new else state for leaf, state in seen.items()}
 
 
-def _merged_over_mesh(scope: Scope, observed: Array, split: PartitionSpec) -> Array:
+def _merged_over_mesh(statistic: Statistic, observed: State, split: PartitionSpec) -> State:
     """A statistic merged over all mesh axes on which it differs, except those that split its own axes."""
-    statistic = scope.hooks.statistic
-    if statistic is None:
-        return observed
     own: AxisNames = tuple(n for entry in split if entry for n in (entry if isinstance(entry, tuple) else (entry,)))
-    return statistic.merge_over_mesh(observed, tuple(n for n in varying_axes(observed) if n not in own))
+    varying = [n for state in jax.tree.leaves(observed) for n in varying_axes(state)]
+    return statistic.merge_over_mesh(observed, tuple(n for n in dict.fromkeys(varying) if n not in own))
 
 
 def _separate(values: Sequence[Value]) -> tuple[list[Any], Callable[[list[Any]], list[Value]]]:

@@ -13,11 +13,11 @@ from jaxfp4.transform import jaxprs
 from jaxfp4.transform.contractions import contraction_with, weight_operand
 from jaxfp4.transform.reach import contracted_in_equation, returned_by_call
 from jaxfp4.transform.sites import Meeting, Tracked
-from jaxfp4.transform.statistics import Statistic
+from jaxfp4.transform.statistics import State, Statistic
 from jaxfp4.transform.views import axis_roles, propagate
 
 Value = Array | Tracked
-Observations = dict[int, Array]
+Observations = dict[int, State]
 
 
 def original_activation(meeting: Meeting) -> Array:
@@ -32,8 +32,8 @@ class Hooks:
     replace_activation: Callable[[Meeting], Array] = original_activation
     """The activation to contract with in place of the original."""
 
-    statistic: Statistic | None = None
-    """What to observe of the original activations."""
+    statistics: Mapping[int, Statistic] = dataclasses.field(default_factory=dict)
+    """By leaf, what to observe of the original activations that the weight meets."""
 
 
 class Scope:
@@ -102,8 +102,8 @@ class Scope:
             if not isinstance(roles, str):
                 groups = arrays[2] if len(arrays) > 2 else None
                 meeting = Meeting(tracked, contraction, arrays[1 - weight], groups)
-                if self.hooks.statistic is not None:
-                    self.absorb({meeting.leaf: meeting.observe(self.hooks.statistic)})
+                if meeting.leaf in self.hooks.statistics:
+                    self.absorb({meeting.leaf: meeting.observe(self.hooks.statistics[meeting.leaf])})
                 arrays[1 - weight] = self.hooks.replace_activation(meeting)
         return jaxprs.bind(eqn, arrays)
 
@@ -121,8 +121,8 @@ class Scope:
         """Merges observations into this scope's."""
         for leaf, observed in observations.items():
             before = self.observations.get(leaf)
-            if before is not None and self.hooks.statistic is not None:
-                observed = self.hooks.statistic.merge(before, observed)
+            if before is not None:
+                observed = self.hooks.statistics[leaf].merge(before, observed)
             self.observations[leaf] = observed
 
 

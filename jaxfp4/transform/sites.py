@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from jaxfp4.tensors import NVFP4Tensor
-from jaxfp4.tensors.mesh import replicated, varying_everywhere
+from jaxfp4.tensors.hadamard import hadamard
+from jaxfp4.tensors.mesh import varying_everywhere
 from jaxfp4.transform.contractions import Contraction
-from jaxfp4.transform.statistics import Statistic
+from jaxfp4.transform.statistics import Places, Sample, State, Statistic
 from jaxfp4.transform.views import View, contraction_order
 
 
@@ -31,6 +33,7 @@ class Tracked:
     stack: Mapping[int, int]
     layer_axes: tuple[int, ...]
     scales: Mapping[str, Array]
+    rotation: int = 0
 
     def array(self) -> Array:
         """The weight's values."""
@@ -69,11 +72,21 @@ class Meeting:
         order = contraction_order(self.weight.view, self.contraction.weight_contracted)
         return tuple(self.contraction.contracted[i][1] for i in order)
 
-    def observe(self, statistic: Statistic) -> Array:
+    def rotated(self, activation: Array) -> Array:
+        """An activation of this meeting rotated as the weight is, or is going to be."""
+        size = self.weight.rotation
+        if not size:
+            return activation
+        return along(activation, self.activation_dimensions, lambda x, axes: hadamard(x, axes, size))
+
+    def observe(self, statistic: Statistic) -> State:
         """The statistic of the activation for each weight of the stack; neutral for those that it did not meet."""
-        state = varying_everywhere(statistic.init([self.weight.stack[a] for a in sorted(self.weight.stack)]))
+        stack = [self.weight.stack[a] for a in sorted(self.weight.stack)]
+        state = jax.tree.map(varying_everywhere, statistic.init(stack))
+        contracted = self.activation_dimensions
+        activation = self.rotated(self.activation)
         if not self.weight.stack:
-            return statistic.merge(state, statistic.observe(self.activation, ()))
+            return statistic.merge(state, statistic.observe(Sample(activation, (), contracted)))
         kept = self._kept_dimensions()
         shared = self._shared_axes()
         rank = len(kept) + len(shared)
@@ -83,9 +96,8 @@ class Meeting:
             else self._stack_index(axis, kept, rank)
             for axis in sorted(self.weight.stack)
         )
-        observed = replicated(statistic.observe(self.activation, kept))
-        places = range(len(kept), rank)
-        return statistic.merge_at(state, index, lax.expand_dims(observed, places))
+        sample = Sample(activation, tuple(kept), contracted)
+        return statistic.observe_at(state, Places(index, len(shared)), sample)
 
     def _shared_axes(self) -> list[int]:
         """Stack axes whose weights all meet the same activation: they are among the free dimensions of the weight."""
@@ -137,6 +149,15 @@ class Meeting:
         entries = jnp.searchsorted(ends, jnp.arange(length), side="right")
         # Rows behind the last group meet no weight: a position far outside drops them.
         return jnp.where(entries < groups, entries, jnp.iinfo(jnp.int32).max // 2)
+
+
+def along(x: Array, dimensions: Sequence[int], function: Callable[[Array, tuple[int, ...]], Array]) -> Array:
+    """`function(x, dimensions)` for a function that takes increasing axes, flattened in the order of `dimensions`."""
+    if list(dimensions) == sorted(dimensions):
+        return function(x, tuple(dimensions))
+    order = [d for d in range(x.ndim) if d not in dimensions] + list(dimensions)
+    result = function(jnp.transpose(x, order), tuple(range(x.ndim - len(dimensions), x.ndim)))
+    return jnp.transpose(result, [order.index(d) for d in range(x.ndim)])
 
 
 def _along(values: Array, position: int, rank: int) -> Array:

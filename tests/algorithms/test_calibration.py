@@ -30,8 +30,8 @@ PLAN = plan(two_matrices, PARAMS, BATCHES[0])
 def test_amaxes_over_batches():
     stats = calibrate(two_matrices, PARAMS, BATCHES, PLAN, progress=False)
     forward = jax.jit(lambda x: jax.nn.relu(x @ PARAMS["a"]))
-    np.testing.assert_array_equal(stats["a"], max(jnp.abs(x).max() for x in BATCHES))
-    np.testing.assert_array_equal(stats["b"], max(forward(x).max() for x in BATCHES))
+    np.testing.assert_array_equal(stats["a"]["amax"], max(jnp.abs(x).max() for x in BATCHES))
+    np.testing.assert_array_equal(stats["b"]["amax"], max(forward(x).max() for x in BATCHES))
 
 
 def test_order_of_batches_does_not_matter():
@@ -46,8 +46,8 @@ def test_order_of_batches_does_not_matter():
         found.append(stats)
     assert found[0].keys() == {f"layers/{n}" for n in models.QUANTIZED}
     for other in found[1:]:
-        for path, amax in found[0].items():
-            np.testing.assert_array_equal(amax, other[path], err_msg=path)
+        for path, state in found[0].items():
+            np.testing.assert_array_equal(state["amax"], other[path]["amax"], err_msg=path)
 
 
 def test_traces_once_for_a_shape():
@@ -70,7 +70,7 @@ def test_traces_once_for_a_shape():
 def test_batches_in_any_iterable(form):
     batches = form((x,) for x in BATCHES)
     stats = calibrate(two_matrices, PARAMS, batches, PLAN, progress=False)
-    np.testing.assert_array_equal(stats["a"], max(jnp.abs(x).max() for x in BATCHES))
+    np.testing.assert_array_equal(stats["a"]["amax"], max(jnp.abs(x).max() for x in BATCHES))
 
 
 def test_several_arguments():
@@ -80,7 +80,7 @@ def test_several_arguments():
     params = {"a": PARAMS["a"]}
     result = plan(apply, params, BATCHES[0], 2.0)
     stats = calibrate(apply, params, [(BATCHES[0], 2.0), (BATCHES[0], 4.0)], result, progress=False)
-    np.testing.assert_array_equal(stats["a"], jnp.abs(BATCHES[0]).max() * 4)
+    np.testing.assert_array_equal(stats["a"]["amax"], jnp.abs(BATCHES[0]).max() * 4)
 
 
 @pytest.mark.parametrize("batches, total", [(BATCHES, 3), (iter(BATCHES), None)])
@@ -111,7 +111,7 @@ def test_non_finite_activations(bad):
     with pytest.raises(LeafError, match=r"^a: its activations hold NaN or Inf: wanted finite calibration data"):
         calibrate(two_matrices, PARAMS, batches, PLAN, progress=False)
     _, stats = observed(two_matrices, PLAN)(PARAMS, batches[2])
-    assert np.isnan(stats["a"]) if np.isnan(bad) else np.isposinf(stats["a"])
+    assert np.isnan(stats["a"]["amax"]) if np.isnan(bad) else np.isposinf(stats["a"]["amax"])
     with pytest.raises(LeafError, match=r"^a: its activations hold NaN or Inf"):
         input_scales(PLAN, stats)
 
@@ -123,7 +123,7 @@ def test_nan_of_one_expert():
     params, x = {"w": draw(E, D, F)}, draw(E, T, D).at[2, 0, 0].set(np.nan)
     result = plan(apply, params, x)
     _, stats = observed(apply, result)(params, x)
-    np.testing.assert_array_equal(np.isnan(stats["w"]), [False, False, True, False])
+    np.testing.assert_array_equal(np.isnan(stats["w"]["amax"]), [False, False, True, False])
     with pytest.raises(LeafError, match=r"^w: its activations hold NaN"):
         calibrate(apply, params, [x], result, progress=False)
 
@@ -158,7 +158,7 @@ def test_experts_without_tokens(caplog):
         f"{n}: no token reached experts [1, 3]; they get their layer's shared scale" for n in sorted(EXPERTS)
     ]
     rows = np.abs(np.asarray(BATCHES[0])).max(1)
-    np.testing.assert_array_equal(stats["gate"], [rows[:2].max(), 0, rows[2:].max(), 0])
+    np.testing.assert_array_equal(stats["gate"]["amax"], [rows[:2].max(), 0, rows[2:].max(), 0])
     scales = input_scales(result, stats)
     np.testing.assert_array_equal(scales["gate"], np.float32(rows.max()) / np.float32(2688))
     np.testing.assert_array_equal(scales["gate"], scales["up"])
@@ -175,7 +175,7 @@ def test_experts_without_tokens_in_layers():
     params, tokens = models.draw(), models.batches(1)
     result = plan(models.scanned, params, tokens[0])
     _, stats = observed(models.scanned, result)(params, tokens[0])
-    stats["layers/up"] = stats["layers/up"].at[:].set(1).at[1, 4].set(0)
+    stats["layers/up"]["amax"] = stats["layers/up"]["amax"].at[:].set(1).at[1, 4].set(0)
     assert unseen_experts(result, stats)["layers/up"] == [[1, 4]]
 
 
@@ -188,7 +188,7 @@ def test_scales_of_layers_experts_and_siblings():
     stats = calibrate(models.scanned, params, tokens, result, progress=False)
     scales = input_scales(result, stats)
     for group in (["q", "k", "v"], ["gate", "up"], ["o"], ["down"]):
-        amaxes = [np.asarray(stats[f"layers/{n}"]).reshape(models.L, -1).max(1) for n in group]
+        amaxes = [np.asarray(stats[f"layers/{n}"]["amax"]).reshape(models.L, -1).max(1) for n in group]
         expected = np.maximum.reduce(amaxes) / np.float32(2688)
         for name in group:
             np.testing.assert_array_equal(scales[f"layers/{name}"], expected, err_msg=name)
@@ -199,31 +199,41 @@ def test_no_statistics_no_scales():
 
 
 def test_scales_under_jit():
-    stats = {"a": jnp.float32(1), "b": jnp.float32(0)}
+    stats = {"a": {"amax": jnp.float32(1)}, "b": {"amax": jnp.float32(0)}}
     assert jax.jit(lambda s: input_scales(PLAN, s))(stats).keys() == {"a", "b"}
 
 
 def test_activations_that_are_all_zero():
     with pytest.raises(LeafError, match=r"^b: its activations were all zero in calibration: wanted some data"):
-        input_scales(PLAN, {"a": jnp.float32(1), "b": jnp.float32(0)})
+        input_scales(PLAN, {"a": {"amax": jnp.float32(1)}, "b": {"amax": jnp.float32(0)}})
 
 
 def test_activations_that_are_all_zero_in_some_layers():
     params, tokens = models.draw(), models.batches(1)
     result = plan(models.scanned, params, tokens[0])
     stats = jax.tree.map(jnp.ones_like, result.init_stats())
-    stats["layers/o"] = jnp.array([1.0, 0.0])
+    stats["layers/o"]["amax"] = jnp.array([1.0, 0.0])
     with pytest.raises(LeafError, match=r"^layers/o: its activations were all zero in layers \[1\] in calibration"):
         input_scales(result, stats)
 
 
 WRONG_STATS = {
-    "missing": ({"a": jnp.float32(1)}, "stats of another plan: 'b' is missing from them; start with plan.init_stats"),
+    "missing": (
+        {"a": {"amax": jnp.float32(1)}},
+        "stats of another plan: 'b' is missing from them; start with plan.init_stats",
+    ),
     "unknown": (
-        {n: jnp.float32(1) for n in "abc"},
+        {n: {"amax": jnp.float32(1)} for n in "abc"},
         "stats of another plan: 'c' is unknown in them; start with plan.init_stats",
     ),
-    "shape": ({"a": jnp.ones(2), "b": jnp.float32(1)}, r"a: statistics of shape \(2,\): wanted \(\)"),
+    "bare": (
+        {"a": jnp.float32(1), "b": jnp.float32(1)},
+        r"a: its statistics are of type ArrayImpl: wanted a dict like \{'amax': array\}; use plan.init_stats",
+    ),
+    "shape": (
+        {n: {"amax": jnp.ones(s)} for n, s in (("a", 2), ("b", ()))},
+        r"a: statistics 'amax' of shape \(2,\): wanted \(\)",
+    ),
 }
 
 

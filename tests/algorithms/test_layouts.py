@@ -44,7 +44,7 @@ PLANS = {
     scale: plan(apply, PARAMS, X, recipe=jaxfp4.recipes.get("nvfp4").with_expert_scale(scale))
     for scale in ("stack", "expert")
 }
-STATS = {path: jnp.arange(1.0, 1 + s.size).reshape(s.shape) for path, s in PLANS["stack"].init_stats().items()}
+STATS = jax.tree.map(lambda s: jnp.arange(1.0, 1 + s.size).reshape(s.shape), PLANS["stack"].init_stats())
 
 MEGATRON = {
     "a": P(None, "tp"),

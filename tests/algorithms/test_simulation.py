@@ -66,7 +66,7 @@ def test_w4a4_is_fake_quantize_at_each_product(calibrated):
     result = plan(mlp, MLP, X)
     stats = calibrate(mlp, MLP, [X * 0.9], result, progress=False) if calibrated else None
     qparams = quantize_params(MLP, result, stats)
-    expected = jax.jit(lambda q, x: simulated_mlp(q, x, lambda n: stats[n] if calibrated else None))(qparams, X)
+    expected = jax.jit(lambda q, x: simulated_mlp(q, x, lambda n: stats[n]["amax"] if calibrated else None))(qparams, X)
     np.testing.assert_array_equal(quantized(mlp, result)(qparams, X), expected)
 
 
@@ -104,7 +104,7 @@ def test_scales_of_layers_stacked_along_any_axis(axis):
     expected = X
     for i in range(3):
         q = jaxfp4.quantize(w[i], 0)
-        expected = jaxfp4.fake_quantize(expected, -1, global_amax=stats["w"][i]) @ q.dequantize()
+        expected = jaxfp4.fake_quantize(expected, -1, global_amax=stats["w"]["amax"][i]) @ q.dequantize()
     np.testing.assert_allclose(quantized(apply, result)(qparams, X), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_scales_of_layers_taken_by_index(form):
     expected = X
     for layer, amax in zip(w, amaxes, strict=True):
         expected = jaxfp4.fake_quantize(expected, -1, global_amax=amax) @ jaxfp4.quantize(layer, 0).dequantize()
-    found = quantized(apply, result)(quantize_params({"w": w}, result, {"w": amaxes}), X)
+    found = quantized(apply, result)(quantize_params({"w": w}, result, {"w": {"amax": amaxes}}), X)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -206,7 +206,7 @@ def test_gradient_is_straight_through():
     """The derivative for the activation is that of the product with the dequantized weight."""
     params = {"w": draw(D, F)}
     result = plan(lambda p, x: x @ p["w"], params, X)
-    qparams = quantize_params(params, result, {"w": jnp.abs(X).max()})
+    qparams = quantize_params(params, result, {"w": {"amax": jnp.abs(X).max()}})
     gradient = jax.grad(lambda x: quantized(lambda p, x: x @ p["w"], result)(qparams, x).sum())(X)
     expected = jnp.broadcast_to(dequantized(qparams)["w"].sum(1), X.shape)
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)

@@ -263,10 +263,15 @@ def test_global_scale_axes(scale, axes):
     (entry,) = result.quantized
     assert (entry.weight.layer_axes, entry.weight.expert_axes) == ((0,), (1,))
     assert result.global_scale_axes(entry) == axes
-    assert result.init_stats()["w"].shape == (3, E)
+    assert result.init_stats()["w"]["amax"].shape == (3, E)
 
 
 def test_recipes_are_data():
     recipe = jaxfp4.recipes.get("nvfp4")
     assert jaxfp4.recipes.get(recipe) is recipe
     assert dataclasses.replace(recipe, name="other") != recipe
+
+
+def test_gptq_has_no_local_hessian_scales():
+    with pytest.raises(ValueError, match=r"Method\(LocalHessian\(\), Gptq\(\)\): wanted Max, Mse, FourOverSix or"):
+        jaxfp4.recipes.Method(jaxfp4.recipes.LocalHessian(), jaxfp4.recipes.Gptq())

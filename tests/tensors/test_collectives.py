@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxfp4.tensors import block_amax, fake_quantize, global_amax, quantize
 from jaxfp4.tensors.blocks import Blocking
 from jaxfp4.tensors.mesh import layout_of
-from jaxfp4.tensors.quantize import _fake_quantize_sharded, _quantize_sharded
+from jaxfp4.tensors.quantize import RoundToNearest, _fake_quantize_sharded, _quantize_sharded
 from jaxfp4.tensors.reductions import _block_amax_sharded, _global_amax_sharded
 from tensors.meshes import collectives, mesh, put
 
@@ -65,8 +65,8 @@ def test_eager_functions(kind):
     amax = global_amax(w)
     assert collectives(_block_amax_sharded.lower(w, BLOCKS, layout).compile()) == []
     assert collectives(_global_amax_sharded.lower(w, (), layout).compile()) == ["all-reduce"]
-    assert collectives(_fake_quantize_sharded.lower(w, amax, BLOCKS, layout).compile()) == []
-    assert collectives(_quantize_sharded.lower(w, amax, BLOCKS, layout).compile()) == []
+    assert collectives(_fake_quantize_sharded.lower(w, amax, None, BLOCKS, 2688, RoundToNearest(), layout).compile()) == []
+    assert collectives(_quantize_sharded.lower(w, amax, None, BLOCKS, 2688, RoundToNearest(), layout).compile()) == []
 
 
 @BOTH_KINDS

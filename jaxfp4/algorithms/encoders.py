@@ -1,0 +1,49 @@
+"""The functions behind a method's block scales and rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jax import Array
+
+from jaxfp4.algorithms.four_over_six import four_over_six_scales
+from jaxfp4.algorithms.local_hessian import local_hessian_scales
+from jaxfp4.algorithms.mse import mse_scales
+from jaxfp4.recipes.methods import FourOverSix, Gptq, LocalHessian, Max, Method, Mse, WeightedMse
+from jaxfp4.tensors.quantize import ChooseScales, Encoder, RoundToNearest, max_scales
+
+
+def encoder_for(method: Method) -> Encoder:
+    """The encoder that does what a method's scales and rounding say."""
+    if isinstance(method.rounding, Gptq):
+        from jaxfp4.algorithms.gptq_encoder import GptqEncoder
+
+        return GptqEncoder(method.scales, method.rounding)
+    return RoundToNearest(_CHOICES[type(method.scales)])
+
+
+def _mse(blocks: Array, global_scale: Array, axis: int, moments: Array | None) -> Array:
+    return mse_scales(blocks, global_scale, axis)
+
+
+def _four_over_six(blocks: Array, global_scale: Array, axis: int, moments: Array | None) -> Array:
+    return four_over_six_scales(blocks, global_scale, axis)
+
+
+def _weighted_mse(blocks: Array, global_scale: Array, axis: int, moments: Array | None) -> Array:
+    return mse_scales(blocks, global_scale, axis, None if moments is None else moments[0])
+
+
+def _local_hessian(blocks: Array, global_scale: Array, axis: int, moments: Array | None) -> Array:
+    if moments is None:
+        return mse_scales(blocks, global_scale, axis)
+    return local_hessian_scales(blocks, global_scale, axis, moments)
+
+
+_CHOICES: Mapping[type, ChooseScales] = {
+    Max: max_scales,
+    Mse: _mse,
+    FourOverSix: _four_over_six,
+    WeightedMse: _weighted_mse,
+    LocalHessian: _local_hessian,
+}
