@@ -228,7 +228,7 @@ WRONG_STATS = {
     ),
     "bare": (
         {"a": jnp.float32(1), "b": jnp.float32(1)},
-        r"a: its statistics are of type ArrayImpl: wanted a dict like \{'amax': array\}; use plan.init_stats",
+        r"a: its statistics are of type \w+: wanted a dict like \{'amax': array\}; use plan.init_stats",
     ),
     "shape": (
         {n: {"amax": jnp.ones(s)} for n, s in (("a", 2), ("b", ()))},
