@@ -14,11 +14,13 @@ from jax import Array
 from rich.console import Console
 from rich.progress import track
 
+from jaxfp4.algorithms.activation_scales import activation_amax
 from jaxfp4.algorithms.inputs import leaves_for, tracked_inputs
 from jaxfp4.formats import LeafError
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.tensors.quantize import global_scale_of
 from jaxfp4.transform.evaluate import evaluate
+from jaxfp4.transform.histogram import merged
 from jaxfp4.transform.scope import Hooks
 from jaxfp4.transform.trace import ApplyFn, trace
 
@@ -95,9 +97,10 @@ def _tracked(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
 def input_scales(plan: Plan, stats: Mapping[str, Mapping[str, Array]] | None) -> dict[str, Array]:
     """By path, the float32 global scale of each weight's activation: `[]`, or `[L]` for a stack of layers.
 
-    `max` of the amaxes over experts and siblings, divided by 2688. Without statistics there are none; what the plan
-    does not use of them is ignored, so one calibration serves several recipes. Raises ValueError for statistics of
-    another model, and `LeafError` where they hold NaN or Inf, or only zeros for a layer.
+    A global amax divided by 2688: by default the largest magnitude over experts and siblings, else what the method's
+    `activations` make of all experts' block amaxes, the largest over siblings. Without statistics there are none; what
+    the plan does not use of them is ignored, so one calibration serves several recipes. Raises ValueError for
+    statistics of another model, and `LeafError` where they hold NaN or Inf, or only zeros for a layer.
     """
     if stats is None:
         return {}
@@ -106,7 +109,7 @@ def input_scales(plan: Plan, stats: Mapping[str, Mapping[str, Array]] | None) ->
     if not traced:
         _refuse_non_finite(stats)
     entries = plan.with_input_scale
-    amaxes = {e.path: _over_experts(e, stats[e.path]["amax"]) for e in entries}
+    amaxes = {e.path: _activation_amax(e, stats[e.path]) for e in entries}
     scales = {}
     for entry in entries:
         members = [amaxes[other.path] for other in plan.siblings(entry) if other.path in amaxes]
@@ -149,9 +152,13 @@ def unseen_experts(plan: Plan, stats: Mapping[str, Mapping[str, Array]]) -> dict
     return result
 
 
-def _over_experts(entry: PlannedWeight, amax: Array) -> Array:
+def _activation_amax(entry: PlannedWeight, stats: Mapping[str, Array]) -> Array:
+    """The global amax of an entry's activation, `[]` or `[L]`, over its experts."""
     stack = entry.weight.stack_axes
-    return jnp.max(amax, [stack.index(a) for a in entry.weight.expert_axes])
+    experts = [stack.index(a) for a in entry.weight.expert_axes]
+    amax = jnp.max(stats["amax"], experts)
+    method = entry.method.activations
+    return activation_amax(method, amax, merged(stats["histogram"], experts) if method.histogram else None)
 
 
 def _refuse_wrong_stats(plan: Plan, stats: Mapping[str, Mapping[str, Array]]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from jaxfp4.algorithms.calibration import Stats, input_scales, used_stats
+from jaxfp4.algorithms.channels import folded
 from jaxfp4.algorithms.encoders import encoder_for
 from jaxfp4.algorithms.inputs import leaves_for
 from jaxfp4.algorithms.maximum import shared_amaxes
@@ -29,15 +30,16 @@ def quantize_params(params: Any, plan: Plan, stats: Mapping[str, Any] | None = N
     Packed codes, block scales and global scales are the same bits for every sharding of `params`. Input scales come
     from `stats`; without them weights are quantized all the same if their method needs none, and `quantized` takes the
     scale of W4A4 activations from each activation as it comes. Weights keep their sharding and are quantized one after
-    the other.
+    the other. Where the plan has channel scales to fold, other parameters change too, as `fold_channel_scales` says.
 
     Raises `LeafError` with the path of a weight that holds NaN or Inf, that is not as in the plan, or whose
     statistics are missing or unusable. Under jit non-finite weights cannot be reported; they dequantize to NaN.
     """
     leaves = leaves_for(plan, params)
-    arrays = {e.path: leaves.values[e.weight.leaf] for e in plan.quantized}
-    scales = input_scales(plan, stats)
     used = None if stats is None else used_stats(plan, stats)
+    values, used = folded(plan, dict(enumerate(leaves.values)), used)
+    arrays = {e.path: values[e.weight.leaf] for e in plan.quantized}
+    scales = input_scales(plan, used)
     quantized: dict[int, QuantizedWeight] = {}
     for group in _sibling_groups(plan):
         rotated = {e.path: _rotated(e, arrays[e.path]) for e in group}
@@ -47,7 +49,7 @@ def quantize_params(params: Any, plan: Plan, stats: Mapping[str, Any] | None = N
             weight = _quantized(plan, entry, rotated[entry.path], amaxes[entry.path], divisor, used)
             quantized[entry.weight.leaf] = dataclasses.replace(weight, input_scale=scales.get(entry.path))
     _refuse_non_finite(arrays, {e.path: quantized[e.weight.leaf].weight.global_scale for e in plan.quantized})
-    return leaves.rebuilt([quantized.get(i, value) for i, value in enumerate(leaves.values)])
+    return leaves.rebuilt([quantized.get(i, value) for i, value in values.items()])
 
 
 def _quantized(

@@ -4,12 +4,16 @@ from jaxfp4.recipes.methods import Awq as Awq
 from jaxfp4.recipes.methods import FourOverSix as FourOverSix
 from jaxfp4.recipes.methods import Gptq as Gptq
 from jaxfp4.recipes.methods import Hadamard as Hadamard
+from jaxfp4.recipes.methods import HeadroomActivations as HeadroomActivations
 from jaxfp4.recipes.methods import LocalHessian as LocalHessian
 from jaxfp4.recipes.methods import Max as Max
+from jaxfp4.recipes.methods import MaxActivations as MaxActivations
 from jaxfp4.recipes.methods import Method as Method
 from jaxfp4.recipes.methods import Mse as Mse
+from jaxfp4.recipes.methods import MseActivations as MseActivations
 from jaxfp4.recipes.methods import Nearest as Nearest
 from jaxfp4.recipes.methods import Order as Order
+from jaxfp4.recipes.methods import PercentileActivations as PercentileActivations
 from jaxfp4.recipes.methods import SmoothQuant as SmoothQuant
 from jaxfp4.recipes.methods import WeightedMse as WeightedMse
 from jaxfp4.recipes.plan import Plan as Plan

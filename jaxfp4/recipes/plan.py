@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import io
 import math
 from collections.abc import Mapping
@@ -15,11 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxfp4.formats.errors import leaf as naming_leaf
-from jaxfp4.recipes.methods import MAX_CALIBRATION, Method
+from jaxfp4.recipes.methods import MAX_CALIBRATION, ChannelScaling, Method
 from jaxfp4.recipes.presets import get
 from jaxfp4.recipes.recipe import ExpertScale, Recipe, Rule, Scheme
 from jaxfp4.tensors.blocks import normalize_axes
 from jaxfp4.tensors.mesh import replicated_beside
+from jaxfp4.transform.folding import Fold, Folding, Side, find_folds
+from jaxfp4.transform.histogram import LogHistogram
 from jaxfp4.transform.statistics import (
     AbsoluteMaximum,
     ChannelMaximum,
@@ -59,12 +62,25 @@ class PlannedWeight:
         return math.prod(self.weight.sizes(self.weight.contracted))
 
 
+@dataclasses.dataclass(frozen=True)
+class ActiveFold:
+    """A fold whose scales a method chooses, and the quantized weights that the choice is made for."""
+
+    fold: Fold
+    scaling: ChannelScaling
+    consumers: tuple[tuple[PlannedWeight, Side], ...]
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
     """What happens to each weight of a model. `print(plan)` is a table."""
 
     recipe: Recipe
     entries: tuple[PlannedWeight, ...]
+    folding: Folding | None = dataclasses.field(default=None, compare=False)
+    """Where channel scales can be folded, if a method has any."""
+    folding_digest: str = ""
+    """What tells plans apart whose foldings differ; arrays in them cannot be compared as a whole."""
 
     @functools.cached_property
     def by_path(self) -> Mapping[str, PlannedWeight]:
@@ -75,6 +91,27 @@ class Plan:
     def quantized(self) -> tuple[PlannedWeight, ...]:
         """The entries that become NVFP4, in the order of the tree."""
         return tuple(entry for entry in self.entries if entry.quantized)
+
+    @functools.cached_property
+    def folds(self) -> tuple[ActiveFold, ...]:
+        """The folds that a method uses, in the order of the tree."""
+        found = [] if self.folding is None else [self._active(fold) for fold in self.folding.folds]
+        return tuple(fold for fold in found if fold is not None)
+
+    def _active(self, fold: Fold) -> ActiveFold | None:
+        sides = [(self.by_path[side.path], side) for side in fold.consumers if side.path in self.by_path]
+        consumers = tuple((entry, side) for entry, side in sides if entry.quantized)
+        scaling = next((e.method.channels for e, _ in consumers if e.method.channels is not None), None)
+        fits = all(_fits(entry.weight, side) for entry, side in consumers)
+        return ActiveFold(fold, scaling, consumers) if scaling is not None and fits else None
+
+    @functools.cached_property
+    def unscaled(self) -> Mapping[str, str]:
+        """By path, why the channels of a weight whose method scales channels are left as they are."""
+        scaled = {entry.path for active in self.folds for entry, _ in active.consumers}
+        wanted = [e.path for e in self.quantized if e.method.channels is not None and e.path not in scaled]
+        reasons = {} if self.folding is None else self.folding.reasons
+        return {path: reasons.get(path) or "its layers or channels are laid out in another way" for path in wanted}
 
     @functools.cached_property
     def statistics(self) -> Mapping[str, Statistic]:
@@ -91,7 +128,9 @@ class Plan:
         channels = entry.channels
         if entry.scheme is Scheme.W4A4:
             parts.append(("amax", AbsoluteMaximum()))
-        if entry.method.channels is not None:
+            if entry.method.activations.histogram:
+                parts.append(("histogram", LogHistogram()))
+        if any(entry is consumer for active in self.folds for consumer, _ in active.consumers):
             parts.append(("channel_amax", ChannelMaximum(channels)))
             parts.append(("channel_sum", ChannelSum(channels)))
         alike = self._sharing_moments(entry)
@@ -179,7 +218,10 @@ def plan(
     leaves = leaves_of(params)
     weights = find_weights(apply_fn, leaves, args)
     _refuse_unmatched_rules(recipe, weights)
-    result = Plan(recipe, tuple(_decide(recipe, weight) for weight in weights))
+    entries = tuple(_decide(recipe, weight) for weight in weights)
+    scales_channels = any(entry.method.channels is not None for entry in entries)
+    folding = find_folds(apply_fn, leaves, args, weights) if scales_channels else None
+    result = Plan(recipe, entries, folding, "" if folding is None else _digest(folding))
     if not result.quantized:
         raise ValueError(f"recipe {recipe.name!r} leaves nothing to quantize:\n{result}")
     return result
@@ -207,6 +249,18 @@ def _why_left(weight: Weight) -> str:
     if weight.obstacle and weight.role is not Role.EMBEDDING:
         return weight.obstacle
     return "no rule is for it" if weight.role is None else f"{weight.role.value}: no rule is for it"
+
+
+def _digest(folding: Folding) -> str:
+    sides = [side for fold in folding.folds for side in (*fold.producers, *fold.consumers)]
+    text = repr([(side.leaf, side.axes, side.layer_axes, side.index.tolist()) for side in sides])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fits(weight: Weight, side: Side) -> bool:
+    """Whether a fold sees the weight's layers and contraction as the weight's own statistics do."""
+    long_axes = tuple(a for a in weight.contracted if weight.shape[a] > 1)
+    return side.layer_axes == weight.layer_axes and side.axes == long_axes
 
 
 def _with_stated_axis(weight: Weight, rule: Rule, axis: int | tuple[int, ...]) -> PlannedWeight:
@@ -267,11 +321,17 @@ def _table(plan: Plan) -> Table:
             ", ".join(stacked),
             weight.role.value if weight.role else "",
             _shared(weight.path, others),
-            entry.scheme.value if entry.quantized else f"kept: {entry.reason}",
+            _treatment(plan, entry) if entry.quantized else f"kept: {entry.reason}",
         )
         # As Text, so that brackets and colons in a path are no markup.
         table.add_row(*map(Text, cells))
     return table
+
+
+def _treatment(plan: Plan, entry: PlannedWeight) -> str:
+    """The scheme, the method where it is another than max, and why channels are not scaled."""
+    words = ", ".join(filter(None, [entry.scheme.value, str(entry.method)]))
+    return f"{words}; channels not scaled: {plan.unscaled[entry.path]}" if entry.path in plan.unscaled else words
 
 
 def _shared(path: str, siblings: list[str]) -> str:

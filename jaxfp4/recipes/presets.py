@@ -10,11 +10,14 @@ from jaxfp4.recipes.methods import (
     FourOverSix,
     Gptq,
     Hadamard,
+    HeadroomActivations,
     LocalHessian,
     Max,
     Method,
     Mse,
+    MseActivations,
     Nearest,
+    PercentileActivations,
     SmoothQuant,
     WeightedMse,
 )
@@ -38,6 +41,13 @@ METHODS = {
 }
 """Each makes `nvfp4_<name>` and `nvfp4_weight_only_<name>`."""
 
+ACTIVATIONS = {
+    "act_headroom": Method(activations=HeadroomActivations()),
+    "act_percentile": Method(activations=PercentileActivations()),
+    "act_mse": Method(activations=MseActivations()),
+}
+"""Each makes `nvfp4_<name>`."""
+
 
 @functools.cache
 def presets() -> Mapping[str, Recipe]:
@@ -52,6 +62,8 @@ def presets() -> Mapping[str, Recipe]:
     for name, method in METHODS.items():
         recipes.append(Recipe(f"nvfp4_{name}", (Rule(Scheme.W4A4, method=method),)))
         recipes.append(Recipe(f"nvfp4_weight_only_{name}", (Rule(Scheme.W4A16, method=method),)))
+    for name, method in ACTIVATIONS.items():
+        recipes.append(Recipe(f"nvfp4_{name}", (Rule(Scheme.W4A4, method=method),)))
     return {recipe.name: recipe for recipe in recipes}
 
 

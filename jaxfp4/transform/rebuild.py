@@ -118,7 +118,7 @@ def shard_map(scope: Scope, eqn: JaxprEqn, operands: list[Value]) -> Sequence[Va
     """`jax.shard_map` around the evaluated body; statistics are merged over the mesh axes that split no stack."""
     body, params = jaxprs.body_of(eqn.params["jaxpr"]), eqn.params
     shapes = [jaxprs.shape_of(v) for v in body.jaxpr.invars]
-    local = [_localized(v, shape) for v, shape in zip(operands, shapes, strict=True)]
+    local = [_localized(v, *where) for v, *where in zip(operands, shapes, params["in_specs"], strict=True)]
     arrays, restore = _separate(local)
     in_specs = [
         (spec, {name: PartitionSpec() for name in v.scales}) if isinstance(v, Tracked) else spec
@@ -176,9 +176,13 @@ def _merged(scope: Scope, seen: Observations, new: Observations) -> Observations
 
 def _merged_over_mesh(statistic: Statistic, observed: State, split: PartitionSpec) -> State:
     """A statistic merged over all mesh axes on which it differs, except those that split its own axes."""
-    own: AxisNames = tuple(n for entry in split if entry for n in (entry if isinstance(entry, tuple) else (entry,)))
+    own = _axis_names(split)
     varying = [n for state in jax.tree.leaves(observed) for n in varying_axes(state)]
     return statistic.merge_over_mesh(observed, tuple(n for n in dict.fromkeys(varying) if n not in own))
+
+
+def _axis_names(spec: PartitionSpec) -> AxisNames:
+    return tuple(n for entry in spec if entry for n in (entry if isinstance(entry, tuple) else (entry,)))
 
 
 def _separate(values: Sequence[Value]) -> tuple[list[Any], Callable[[list[Any]], list[Value]]]:
@@ -216,7 +220,7 @@ def _scanned(value: Value) -> Value:
     return dataclasses.replace(value, value=whole, view=view, stack=stack, layer_axes=tuple(layers), scales=scales)
 
 
-def _localized(value: Value, shape: tuple[int, ...]) -> Value:
+def _localized(value: Value, shape: tuple[int, ...], spec: PartitionSpec) -> Value:
     """What a shard_map's body sees of an operand, its array still whole."""
     if not isinstance(value, Tracked):
         return value
@@ -225,7 +229,8 @@ def _localized(value: Value, shape: tuple[int, ...]) -> Value:
         return value.array()
     sizes = {f.axis: f.size for d in view.dimensions for f in d if len(d) == 1}
     stack = {a: sizes.get(a, n) for a, n in value.stack.items()}
-    return dataclasses.replace(value, value=value.array(), view=view, stack=stack)
+    local = dataclasses.replace(value, value=value.array(), view=view, stack=stack)
+    return dataclasses.replace(local, split=(*value.split, *_axis_names(_stack_spec(local, spec))))
 
 
 def _stack_spec(value: Tracked, spec: PartitionSpec) -> PartitionSpec:

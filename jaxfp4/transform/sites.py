@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ from jax import Array, lax
 
 from jaxfp4.tensors import NVFP4Tensor
 from jaxfp4.tensors.hadamard import hadamard
-from jaxfp4.tensors.mesh import varying_everywhere
+from jaxfp4.tensors.mesh import AxisNames, varying_axes, varying_everywhere
 from jaxfp4.transform.contractions import Contraction
 from jaxfp4.transform.statistics import Places, Sample, State, Statistic
 from jaxfp4.transform.views import View, contraction_order
@@ -34,6 +36,8 @@ class Tracked:
     layer_axes: tuple[int, ...]
     scales: Mapping[str, Array]
     rotation: int = 0
+    split: AxisNames = ()
+    """In a shard_map, the mesh axes that split the stack."""
 
     def array(self) -> Array:
         """The weight's values."""
@@ -82,7 +86,20 @@ class Meeting:
     def observe(self, statistic: Statistic) -> State:
         """The statistic of the activation for each weight of the stack; neutral for those that it did not meet."""
         stack = [self.weight.stack[a] for a in sorted(self.weight.stack)]
-        state = jax.tree.map(varying_everywhere, statistic.init(stack))
+        neutral = jax.tree.map(varying_everywhere, statistic.init(stack))
+        seen = self._observed(statistic, neutral)
+        return jax.tree.map(self._once, seen, neutral)
+
+    def _once(self, seen: Array, neutral: Array) -> Array:
+        """Of devices of a shard_map that see the same activation only the first one's, so that sums count it once."""
+        varying = (*varying_axes(self.activation), *self.weight.split)
+        repeated = [n for n in varying_axes(seen) if n not in varying]
+        if not repeated:
+            return seen
+        first = functools.reduce(operator.and_, (lax.axis_index(n) == 0 for n in repeated))
+        return jnp.where(first, seen, neutral)
+
+    def _observed(self, statistic: Statistic, state: State) -> State:
         contracted = self.activation_dimensions
         activation = self.rotated(self.activation)
         if not self.weight.stack:

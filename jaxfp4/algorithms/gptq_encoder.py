@@ -1,0 +1,92 @@
+"""GPTQ as an encoder of parameters: stacks, several contraction axes and any axis order brought to `[N, K]`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxfp4.algorithms.four_over_six import four_over_six_scales
+from jaxfp4.algorithms.gptq import ChooseScales, gptq
+from jaxfp4.algorithms.mse import mse_scales
+from jaxfp4.recipes.methods import FourOverSix, Gptq, Max, Mse, Scales, WeightedMse
+from jaxfp4.tensors.blocks import Blocking
+from jaxfp4.tensors.quantize import Encoded, max_scales
+
+
+@dataclasses.dataclass(frozen=True)
+class GptqEncoder:
+    """GPTQ with block scales as `scales` says, for each weight of a stack by itself.
+
+    `moments` are all second moments, `[K, ...]`. The contraction must be whole on each device; what a device has of the
+    outputs and of the stack does not matter.
+    """
+
+    scales: Scales
+    rounding: Gptq
+    whole_contraction: bool = True
+
+    def __call__(self, w: Array, global_scale: Array, blocking: Blocking, moments: Array | None) -> Encoded:
+        """The codes of an array or a shard."""
+        if moments is None:
+            raise ValueError("gptq without second moments: wanted those of the activation; calibrate first")
+        stack = [a for a, n in enumerate(moments.shape[1:]) if n > 1 and a not in blocking.axes]
+        outputs = [a for a in range(w.ndim) if a not in (*stack, *blocking.axes)]
+        order = [*stack, *outputs, *blocking.axes]
+        channels = math.prod(w.shape[a] for a in blocking.axes)
+        matrices = jnp.transpose(w, order).reshape(_count(w, stack), -1, channels)
+        hessians = jnp.transpose(moments, [*(a + 1 for a in order), 0]).reshape(len(matrices), channels, channels)
+        shape = [w.shape[a] if a in stack else 1 for a in range(w.ndim)]
+        scale = jnp.transpose(jnp.broadcast_to(global_scale, shape), order).reshape(-1)
+        result = jax.vmap(self._one)(matrices, hessians, scale)
+        return Encoded(*(_in_blocks(part, w, stack, outputs, blocking) for part in result))
+
+    def _one(self, w: Array, hessian: Array, global_scale: Array) -> Encoded:
+        choose = _CHOICES[type(self.scales)]
+        return gptq(w, hessian, global_scale, choose, damping=self.rounding.damping, order=self.rounding.order)
+
+
+def _count(w: Array, axes: Sequence[int]) -> int:
+    return math.prod(w.shape[a] for a in axes)
+
+
+def _in_blocks(part: Array, w: Array, stack: Sequence[int], outputs: Sequence[int], blocking: Blocking) -> Array:
+    """Codes `[S, N, K]`, or scales `[S, N, K / 16]`, in the dimensions of `blocking.to_blocks`."""
+    inner = part.shape[-1] // (blocking.blocks * _others(blocking))
+    contracted = [] if blocking.merged else [w.shape[a] for a in blocking.axes[:-1]]
+    sizes = [*(w.shape[a] for a in (*stack, *outputs)), *contracted, blocking.blocks, inner]
+    placed = [*stack, *outputs, *(() if blocking.merged else blocking.axes[:-1])]
+    # The merged array has lost the leading contraction axes.
+    lost = blocking.axes[:-1] if blocking.merged else ()
+    places = [a - sum(m < a for m in lost) for a in placed]
+    places = [p if p < blocking.axis else p + 1 for p in places] + [blocking.axis, blocking.axis + 1]
+    return jnp.transpose(part.reshape(sizes), [places.index(d) for d in range(len(sizes))])
+
+
+def _others(blocking: Blocking) -> int:
+    """Blocks lie along one axis; how many there are of them along the other contraction axes."""
+    return 1 if blocking.merged else math.prod(blocking.shape[a] for a in blocking.axes[:-1])
+
+
+def _max(blocks: Array, global_scale: Array, axis: int, importance: Array | None) -> Array:
+    return max_scales(blocks, global_scale, axis)
+
+
+def _mse(blocks: Array, global_scale: Array, axis: int, importance: Array | None) -> Array:
+    return mse_scales(blocks, global_scale, axis)
+
+
+def _four_over_six(blocks: Array, global_scale: Array, axis: int, importance: Array | None) -> Array:
+    return four_over_six_scales(blocks, global_scale, axis)
+
+
+_CHOICES: dict[type, ChooseScales] = {
+    Max: _max,
+    Mse: _mse,
+    FourOverSix: _four_over_six,
+    WeightedMse: mse_scales,
+}
