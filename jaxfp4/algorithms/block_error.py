@@ -8,14 +8,14 @@ number, made without an addition of products, and the sums are of integers: exac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxfp4.formats import BLOCK_SIZE, exact, nvfp4
-from jaxfp4.formats.minifloat import E4M3
+from jaxfp4.formats import exact, nvfp4
+from jaxfp4.formats.minifloat import E2M1, E4M3
 
 LARGEST_CODE = E4M3.sign_mask - 2
 """The code of 448."""
@@ -24,33 +24,41 @@ _LOW_BITS = 13
 _HIGH_PART = 2.0**10
 _WEIGHTED = 2.0**17
 _FARTHEST = 13.0
+_TINY = 1 << 8
 
 
 class Error(NamedTuple):
-    """A sum of squares as `high + low / 2^13` units, `0 <= low < 2^13`, both int32."""
+    """A sum of squares as `high + low / 2^13` units, `0 <= low < 2^13`, both int32, and as float32."""
 
     high: Array
     low: Array
+    rounded: Array
 
 
 def less(left: Error, right: Error) -> Array:
-    """Whether one error is smaller than another."""
-    return (left.high < right.high) | ((left.high == right.high) & (left.low < right.low))
+    """Whether one error is smaller than another.
+
+    Of two that are tiny, those of blocks that the format holds almost exactly, the floats tell more than the integers.
+    """
+    tiny = (left.high < _TINY) & (right.high < _TINY)
+    whole = (left.high < right.high) | ((left.high == right.high) & (left.low < right.low))
+    return jnp.where(tiny, left.rounded < right.rounded, whole)
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Magnitudes of blocks, one array for each of the 16 places, in units of a power of two near the block scale."""
+    """Magnitudes of blocks `[.., 16, ..]`, in units of a power of two near the block scale."""
 
-    magnitudes: tuple[Array, ...]
+    axis: int
+    magnitudes: Array
     largest: Array
     code: Array
     """The E4M3 code of max calibration, uint8; that of NaN for a block that is not finite."""
     global_scale: Array
     unit: Array
     """The inverse of the power of two."""
-    weights: tuple[Array, ...] | None
-    """Importance of each place, at least one of a block in [1, 2) unless all are zero."""
+    weights: Array | None
+    """Importance of each value, at least one of a block in [1, 2) unless all are zero."""
 
     @classmethod
     def of(cls, blocks: Array, global_scale: Array, axis: int, importance: Array | None = None) -> Blocks:
@@ -61,8 +69,8 @@ class Blocks:
         scale = nvfp4.decode_scale(jnp.minimum(code, LARGEST_CODE)) * global_scale
         unit = exact.inverse_power_of_two(scale)
         scaled = jnp.minimum(magnitudes * unit, _FARTHEST)
-        weights = None if importance is None else _places(_normalized(importance, axis), axis)
-        return cls(_places(scaled, axis), jnp.max(scaled, axis, keepdims=True), code, global_scale, unit, weights)
+        weights = None if importance is None else _normalized(importance, axis)
+        return cls(axis, scaled, jnp.max(scaled, axis, keepdims=True), code, global_scale, unit, weights)
 
     def scale(self, code: Array) -> Array:
         """The float32 block scale of a code, `scale * global_scale`, in the blocks' units."""
@@ -70,11 +78,11 @@ class Blocks:
 
     def error(self, code: Array) -> Error:
         """The sum over a block of `(x - q(x))^2`, weighted if there are weights, under an E4M3 code."""
-        grid = Grid.of(self.scale(code))
+        error = Grid.of(self.scale(code)).error(self.magnitudes)
+        square = error * error
         if self.weights is None:
-            return _total([_squared(grid.error(a)) for a in self.magnitudes])
-        terms = [_fixed(h * _square(grid.error(a))) for a, h in zip(self.magnitudes, self.weights, strict=True)]
-        return _total(terms)
+            return _total(*_squared(error), square, self.axis)
+        return _total(*_fixed(self.weights * square), self.weights * square, self.axis)
 
     def clipping(self, code: Array) -> Array:
         """A lower bound of the error's high part: that of the values beyond the largest code. Falls as scales grow."""
@@ -83,8 +91,8 @@ class Blocks:
             beyond = jnp.maximum(self.largest - limit, 0)
             whole = (beyond * _HIGH_PART).astype(jnp.int32)
             return whole * whole
-        parts = zip(self.magnitudes, self.weights, strict=True)
-        return _total([_fixed(h * _square(jnp.maximum(a - limit, 0))) for a, h in parts]).high
+        beyond = jnp.maximum(self.magnitudes - limit, 0)
+        return jnp.sum(_fixed(self.weights * (beyond * beyond))[0], self.axis, keepdims=True)
 
     @property
     def settled(self) -> Array:
@@ -98,33 +106,41 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The values that codes have under a scale, and the midpoints between them; adds of exact products only."""
+    """The magnitudes that codes have under a scale, and for each the smallest float32 that is rounded up to it."""
 
     values: tuple[Array, ...]
-    midpoints: tuple[Array, ...]
+    thresholds: tuple[Array, ...]
 
     @classmethod
     def of(cls, scale: Array) -> Grid:
-        """The grid of a block's float32 scale."""
-        half, quarter, twice = scale * 0.5, scale * 0.25, scale * 2
-        values = (half, scale, scale + half, twice, twice + scale, twice * 2, twice * 2 + twice)
-        midpoints = (
-            quarter,
-            half + quarter,
-            scale + quarter,
-            (scale + half) + quarter,
-            twice + half,
-            (twice + scale) + half,
-            twice * 2 + scale,
-        )
-        return cls(values, midpoints)
+        """The grid of a block's float32 scale, which is not subnormal."""
+        codes = range(1, len(E2M1.magnitudes))
+        values = tuple(scale * float(E2M1.magnitudes[i]) for i in codes)
+        return cls(values, tuple(_threshold(scale, i) for i in codes))
 
     def error(self, magnitude: Array) -> Array:
-        """The exact distance to the nearest value. At a midpoint both neighbours are as far."""
+        """The exact distance to the value of the code that the magnitude gets."""
         value = jnp.zeros_like(magnitude)
-        for midpoint, larger in zip(self.midpoints, self.values, strict=True):
-            value = jnp.where(magnitude > midpoint, larger, value)
+        for threshold, larger in zip(self.thresholds, self.values, strict=True):
+            value = jnp.where(magnitude >= threshold, larger, value)
         return magnitude - value
+
+
+def _threshold(scale: Array, code: int) -> Array:
+    """The smallest float32 whose float32 quotient by the scale rounds to `code` and not to the one below.
+
+    It is within two units in the last place of the product of the scale and the midpoint, because the quotient's own
+    rounding moves the border by at most one of them.
+    """
+    midpoint = float(E2M1.magnitudes[code] + E2M1.magnitudes[code - 1]) / 2
+    odd = code % 2 == 0
+    lowest = exact.as_bits(scale * midpoint) - (1 if odd else 0)
+    first, second, third = (exact.as_float(lowest + i) for i in range(3))
+
+    def up(x: Array) -> Array:
+        return exact.rounds_up(x, jnp.full_like(x, midpoint), scale, jnp.bool_(odd))
+
+    return jnp.where(up(first), first, jnp.where(up(second), second, third))
 
 
 def search(
@@ -151,12 +167,10 @@ def search(
         best = Error(*(jnp.where(better, new, old) for new, old in zip(error, best, strict=True)))
         return step + 1, jnp.where(better, highest - step, chosen), best
 
-    chosen = lax.while_loop(proceed, advance, (jnp.int32(1), highest, evaluate(highest)))[1]
+    most = jnp.full(highest.shape, jnp.iinfo(jnp.int32).max)
+    worst = Error(most, most, jnp.full(highest.shape, jnp.inf))
+    chosen = lax.while_loop(proceed, advance, (jnp.int32(0), highest, worst))[1]
     return blocks.stored(chosen)
-
-
-def _places(x: Array, axis: int) -> tuple[Array, ...]:
-    return tuple(lax.index_in_dim(x, i, axis, keepdims=True) for i in range(BLOCK_SIZE))
 
 
 def _normalized(importance: Array, axis: int) -> Array:
@@ -167,29 +181,22 @@ def _normalized(importance: Array, axis: int) -> Array:
     return jnp.where(usable, importance * inverse, 1.0)
 
 
-def _square(x: Array) -> Array:
-    return x * x
-
-
-def _squared(error: Array) -> Error:
-    """An element's square. Its high part is an integer's; what is left is a product, truncated."""
+def _squared(error: Array) -> tuple[Array, Array]:
+    """Squares as fixed-point numbers: the high part is an integer's square, what is left a product, truncated."""
     whole = jnp.round(error * _HIGH_PART).astype(jnp.int32)
     high = whole.astype(jnp.float32) * (1 / _HIGH_PART)
     rest = error - high
-    return Error(whole * whole, (rest * (high * 2 + rest) * (_HIGH_PART**2 * 2**_LOW_BITS)).astype(jnp.int32))
+    return whole * whole, (rest * (high * 2 + rest) * (_HIGH_PART**2 * 2**_LOW_BITS)).astype(jnp.int32)
 
 
-def _fixed(term: Array) -> Error:
-    """A float32 term below 2^9 as a fixed-point number."""
-    scaled = term * _WEIGHTED
+def _fixed(terms: Array) -> tuple[Array, Array]:
+    """Float32 terms below 2^9 as fixed-point numbers."""
+    scaled = terms * _WEIGHTED
     high = scaled.astype(jnp.int32)
-    rest = scaled - high.astype(jnp.float32)
-    return Error(high, (rest * 2.0**_LOW_BITS).astype(jnp.int32))
+    return high, ((scaled - high.astype(jnp.float32)) * 2.0**_LOW_BITS).astype(jnp.int32)
 
 
-def _total(terms: Sequence[Error]) -> Error:
-    """The sum of the terms, carried into its high part."""
-    high, low = terms[0]
-    for term in terms[1:]:
-        high, low = high + term.high, low + term.low
-    return Error(high + (low >> _LOW_BITS), low & ((1 << _LOW_BITS) - 1))
+def _total(high: Array, low: Array, rounded: Array, axis: int) -> Error:
+    """The sums along an axis, size 1 kept, carried into the high part."""
+    high, low, rounded = (jnp.sum(part, axis, keepdims=True) for part in (high, low, rounded))
+    return Error(high + (low >> _LOW_BITS), low & ((1 << _LOW_BITS) - 1), rounded)

@@ -34,7 +34,7 @@ def local_hessian_scales(blocks: Array, global_scale: Array, axis: int, hessian:
 
     def evaluate(code: Array) -> Error:
         grid = Grid.of(prepared.scale(code))
-        error = jnp.concatenate([grid.error(a) for a in prepared.magnitudes], axis)
+        error = grid.error(prepared.magnitudes)
         error = jnp.where(negative, -error, error)
         mixed = sum(scaled[j] * lax.index_in_dim(error, j, axis, keepdims=True) for j in range(BLOCK_SIZE))
         return _comparable(jnp.sum(error * mixed, axis, keepdims=True))
@@ -65,4 +65,4 @@ def _damped(hessian: Array, axis: int) -> tuple[Array, Array]:
 def _comparable(error: Array) -> Error:
     """A non-negative float as integers of the same order."""
     high = lax.bitcast_convert_type(jnp.maximum(error, 0), jnp.int32)
-    return Error(high, jnp.zeros_like(high))
+    return Error(high, jnp.zeros_like(high), error)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jax import Array
 
 from jaxfp4.algorithms.block_error import Blocks, search
 
 OCTAVE = 8
 """E4M3 codes from a normal scale to its double."""
+WITHOUT_HALF = 15
+"""The largest code whose scale has no half among the codes."""
 
 
 def mse_scales(blocks: Array, global_scale: Array, axis: int, importance: Array | None = None) -> Array:
@@ -22,9 +25,9 @@ def mse_scales(blocks: Array, global_scale: Array, axis: int, importance: Array 
 
     - Upwards: if neither a scale s nor its double clips, 2s never wins. Every |x| is at most 6s, and the values of 2s
       up to 6s, `2s * {0, .5, 1, 1.5, 2, 3}`, are values of s as well, so each x is at least as near to a value of s (8s
-      is farther from it than 6s). Ties go to s, the lower code. The code that is nearest to a / 6, where max
-      calibration rounds, is at most one below the lowest that does not clip, and 8 codes double a scale (in the
-      subnormals fewer do), so nothing above that code + 8 can win.
+      is farther from it than 6s). Ties go to s, the lower code. From code 16 on, half a scale is 8 codes below. The
+      code nearest to a / 6, where max calibration rounds, is at most one below the lowest that does not clip, so
+      nothing above that code + 8 can win; nor, as odd codes below 16 have no half, above 15 if that is larger.
     - Downwards: the error is at least that of the clipped values alone, `sum(importance * max(|x| - 6s, 0)**2)`, which
       grows as s falls; once it exceeds the best error so far no lower code can win. Unweighted, the largest value alone
       is used for it.
@@ -34,5 +37,5 @@ def mse_scales(blocks: Array, global_scale: Array, axis: int, importance: Array 
     far as its abstract tells.
     """
     prepared = Blocks.of(blocks, global_scale, axis, importance)
-    highest = prepared.code.astype("int32") + OCTAVE
+    highest = jnp.maximum(prepared.code.astype(jnp.int32) + OCTAVE, WITHOUT_HALF)
     return search(prepared, highest, prepared.error, prepared.clipping)
