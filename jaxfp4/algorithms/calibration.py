@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from jaxfp4.algorithms.activation_scales import activation_amax
-from jaxfp4.algorithms.inputs import leaves_for, tracked_inputs
+from jaxfp4.algorithms.inputs import leaves_for, marks_for, tracked_inputs
 from jaxfp4.formats import LeafError
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.tensors.quantize import global_scale_of
@@ -42,7 +42,8 @@ def observed(apply_fn: ApplyFn, plan: Plan) -> Callable[..., tuple[Any, Stats]]:
         traced = trace(apply_fn, leaves, args)
         inputs = [*tracked_inputs(plan, leaves, plan.observed), *jax.tree.leaves(args)]
         statistics = {e.weight.leaf: plan.statistics[e.path] for e in plan.observed}
-        results, seen = evaluate(traced.body, inputs, Hooks(statistics=statistics))
+        hooks = Hooks(statistics=statistics, marks=marks_for(plan, leaves, traced.body))
+        results, seen = evaluate(traced.body, inputs, hooks)
         stats = {e.path: seen[e.weight.leaf] for e in plan.observed if e.weight.leaf in seen}
         return jax.tree.unflatten(traced.out_tree, results), {**plan.init_stats(), **stats}
 

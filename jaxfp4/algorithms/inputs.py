@@ -8,6 +8,9 @@ from typing import Any
 from jaxfp4.formats import LeafError
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.tensors import QuantizedWeight
+from jaxfp4.transform import jaxprs
+from jaxfp4.transform.jaxprs import EqnPath
+from jaxfp4.transform.marks import Mark, amax_name, find_marks
 from jaxfp4.transform.scope import Value
 from jaxfp4.transform.sites import Tracked
 from jaxfp4.transform.trace import Leaves, leaves_of
@@ -30,6 +33,21 @@ def leaves_for(plan: Plan, params: Any) -> Leaves:
     return leaves
 
 
+def marks_for(plan: Plan, leaves: Leaves, body: jaxprs.Body) -> dict[EqnPath, Mark]:
+    """The values of a traced model that its key-value cache holds; none if the recipe does not quantize it."""
+    if plan.recipe.kv_cache is None:
+        return {}
+    marks = find_marks(body, leaves.paths, plan.recipe.kv_cache.kinds)
+    for mark in marks.values():
+        path = leaves.paths[mark.leaf]
+        if path not in plan.by_path or mark.kind not in plan.by_path[path].cached:
+            raise LeafError(
+                f"{path}: it makes {mark.kind} for the key-value cache here, but did not where the plan was made; "
+                "make the plan of the same function"
+            )
+    return marks
+
+
 def _shape(value: Any) -> tuple[int, ...]:
     return tuple(value.weight.shape if isinstance(value, QuantizedWeight) else value.shape)
 
@@ -48,5 +66,7 @@ def _tracked(entry: PlannedWeight, value: Any) -> Tracked:
         rotation = 0 if entry.method.rotation is None else entry.method.rotation.size
         return Tracked(value, view, stack, weight.layer_axes, {}, rotation)
     scales = {"input_scale": value.input_scale, "pre_scale": value.pre_scale}
+    if value.cache is not None:
+        scales |= {amax_name("keys"): value.cache.keys, amax_name("values"): value.cache.values}
     present = {name: s for name, s in scales.items() if s is not None}
     return Tracked(value.weight, view, stack, weight.layer_axes, present, value.rotation)

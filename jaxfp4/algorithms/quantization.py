@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxfp4.algorithms.cache import cache_amaxes
 from jaxfp4.algorithms.calibration import Stats, input_scales, used_stats
 from jaxfp4.algorithms.channels import folded
 from jaxfp4.algorithms.encoders import encoder_for
@@ -39,7 +40,7 @@ def quantize_params(params: Any, plan: Plan, stats: Mapping[str, Any] | None = N
     used = None if stats is None else used_stats(plan, stats)
     values, used = folded(plan, dict(enumerate(leaves.values)), used)
     arrays = {e.path: values[e.weight.leaf] for e in plan.quantized}
-    scales = input_scales(plan, used)
+    scales, caches = input_scales(plan, used), cache_amaxes(plan, used)
     quantized: dict[int, QuantizedWeight] = {}
     for group in _sibling_groups(plan):
         rotated = {e.path: _rotated(e, arrays[e.path]) for e in group}
@@ -47,7 +48,9 @@ def quantize_params(params: Any, plan: Plan, stats: Mapping[str, Any] | None = N
         divisor = min(e.method.scales.divisor for e in group)
         for entry in group:
             weight = _quantized(plan, entry, rotated[entry.path], amaxes[entry.path], divisor, used)
-            quantized[entry.weight.leaf] = dataclasses.replace(weight, input_scale=scales.get(entry.path))
+            quantized[entry.weight.leaf] = dataclasses.replace(
+                weight, input_scale=scales.get(entry.path), cache=caches.get(entry.path)
+            )
     _refuse_non_finite(arrays, {e.path: quantized[e.weight.leaf].weight.global_scale for e in plan.quantized})
     return leaves.rebuilt([quantized.get(i, value) for i, value in values.items()])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxfp4.algorithms.inputs import leaves_for, tracked_inputs
+from jaxfp4.algorithms.inputs import leaves_for, marks_for, tracked_inputs
 from jaxfp4.recipes.plan import Plan, Scheme
+from jaxfp4.tensors.cache_rounding import fake_quantize_cache
 from jaxfp4.tensors.quantize import fake_quantize, fake_quantize_with_scale
 from jaxfp4.transform.evaluate import evaluate
+from jaxfp4.transform.marks import Mark
 from jaxfp4.transform.scope import Hooks
-from jaxfp4.transform.sites import Meeting, along
+from jaxfp4.transform.sites import Meeting, Tracked, along
 from jaxfp4.transform.trace import ApplyFn, trace
 
 
@@ -23,7 +26,8 @@ def quantized(apply_fn: ApplyFn, plan: Plan) -> Callable[..., Any]:
 
     Weights are dequantized where they are contracted, layer by layer in a scan. Activations are quantized along the
     contraction with the calibrated input scale and dequantized before the product, with a straight-through gradient; a
-    W4A4 weight without input scale takes the amax of the activation at hand. Nothing else changes.
+    W4A4 weight without input scale takes the amax of the activation at hand. Keys and values are quantized where they
+    are marked, as the recipe's `kv_cache` says. Nothing else changes.
     """
     schemes = {entry.weight.leaf: entry.scheme for entry in plan.quantized}
 
@@ -38,10 +42,21 @@ def quantized(apply_fn: ApplyFn, plan: Plan) -> Callable[..., Any]:
         leaves = leaves_for(plan, qparams)
         traced = trace(apply_fn, leaves, args)
         inputs = [*tracked_inputs(plan, leaves, plan.quantized), *jax.tree.leaves(args)]
-        results, _ = evaluate(traced.body, inputs, Hooks(replace_activation=replace_activation))
+        hooks = Hooks(
+            replace_activation=replace_activation,
+            marks=marks_for(plan, leaves, traced.body),
+            replace_marked=functools.partial(_quantize_marked, plan),
+        )
+        results, _ = evaluate(traced.body, inputs, hooks)
         return jax.tree.unflatten(traced.out_tree, results)
 
     return quantized_fn
+
+
+def _quantize_marked(plan: Plan, mark: Mark, weight: Tracked, value: Array) -> Array:
+    """Keys or values as the cache gives them back."""
+    cache = plan.recipe.kv_cache
+    return value if cache is None else fake_quantize_cache(value, weight.scale(mark.part), cache.format)
 
 
 def _pre_scaled(meeting: Meeting) -> Array:

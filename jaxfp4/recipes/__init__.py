@@ -1,5 +1,6 @@
 """Layer 3: recipes, and the plan that a recipe makes of a model."""
 
+from jaxfp4.recipes.kv_cache import KvCache as KvCache
 from jaxfp4.recipes.methods import Awq as Awq
 from jaxfp4.recipes.methods import FourOverSix as FourOverSix
 from jaxfp4.recipes.methods import Gptq as Gptq
@@ -25,4 +26,5 @@ from jaxfp4.recipes.recipe import ExpertScale as ExpertScale
 from jaxfp4.recipes.recipe import Recipe as Recipe
 from jaxfp4.recipes.recipe import Rule as Rule
 from jaxfp4.recipes.recipe import Scheme as Scheme
+from jaxfp4.tensors.cache import CacheFormat as CacheFormat
 from jaxfp4.transform.weights import Role as Role

@@ -88,7 +88,7 @@ class Gptq:
     """Errors made good by the values not yet rounded: `jaxfp4.algorithms.gptq`."""
 
     damping: float = 0.01
-    order: Order = Order.STATIC
+    order: Order = Order.ACTIVATION
     moments: ClassVar[MomentForm] = MomentForm.FULL
 
 

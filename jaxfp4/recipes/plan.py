@@ -7,7 +7,7 @@ import functools
 import hashlib
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from jaxfp4.tensors.blocks import normalize_axes
 from jaxfp4.tensors.mesh import replicated_beside
 from jaxfp4.transform.folding import Fold, Folding, Side, find_folds
 from jaxfp4.transform.histogram import LogHistogram
+from jaxfp4.transform.marks import Mark, MarkedMaximum, amax_name, find_marks
 from jaxfp4.transform.statistics import (
     AbsoluteMaximum,
     ChannelMaximum,
@@ -33,7 +34,7 @@ from jaxfp4.transform.statistics import (
     Statistic,
     Statistics,
 )
-from jaxfp4.transform.trace import ApplyFn, leaves_of
+from jaxfp4.transform.trace import ApplyFn, leaves_of, trace
 from jaxfp4.transform.weights import Role, Weight, find_weights
 
 
@@ -45,6 +46,8 @@ class PlannedWeight:
     scheme: Scheme
     reason: str = ""
     method: Method = MAX_CALIBRATION
+    cached: tuple[str, ...] = ()
+    """"keys", "values" or both, if they are the weight's result and the recipe quantizes the key-value cache."""
 
     @property
     def path(self) -> str:
@@ -137,6 +140,7 @@ class Plan:
         form = max((e.method.moments for e in alike), key=lambda f: f.value)
         if form is not MomentForm.NONE and alike[0] is entry:
             parts.append(("moments", SecondMoments(channels, form)))
+        parts += [(amax_name(kind), MarkedMaximum()) for kind in entry.cached]
         return tuple(parts)
 
     def _sharing_moments(self, entry: PlannedWeight) -> tuple[PlannedWeight, ...]:
@@ -220,6 +224,15 @@ def plan(
     _refuse_unmatched_rules(recipe, weights)
     entries = tuple(_decide(recipe, weight) for weight in weights)
     scales_channels = any(entry.method.channels is not None for entry in entries)
+    if recipe.kv_cache is not None:
+        if scales_channels:
+            raise ValueError(
+                f"recipe {recipe.name!r}: kv_cache with {next(e.method for e in entries if e.method.channels)}: wanted "
+                "a method without channels, as keys and values are calibrated before channels are scaled"
+            )
+        kinds = recipe.kv_cache.kinds
+        marks = find_marks(trace(apply_fn, leaves, args).body, leaves.paths, kinds)
+        entries = tuple(_with_cached(entry, marks.values()) for entry in entries)
     folding = find_folds(apply_fn, leaves, args, weights) if scales_channels else None
     result = Plan(recipe, entries, folding, "" if folding is None else _digest(folding))
     if not result.quantized:
@@ -243,6 +256,18 @@ def _decide(recipe: Recipe, weight: Weight) -> PlannedWeight:
             )
         return PlannedWeight(weight, Scheme.NONE, weight.obstacle)
     return PlannedWeight(weight, rule.scheme, method=rule.method)
+
+
+def _with_cached(entry: PlannedWeight, marks: Iterable[Mark]) -> PlannedWeight:
+    """The entry with what of its result a key-value cache holds."""
+    cached = tuple(sorted({mark.kind for mark in marks if mark.leaf == entry.weight.leaf}))
+    if cached and not entry.quantized:
+        raise ValueError(
+            f"{entry.path}: it makes {' and '.join(cached)} for a quantized key-value cache but is kept "
+            f"({entry.reason}): wanted it quantized, as their scales are kept beside it; add a rule for it, or leave "
+            "kv_cache out"
+        )
+    return dataclasses.replace(entry, cached=cached)
 
 
 def _why_left(weight: Weight) -> str:
@@ -330,7 +355,9 @@ def _table(plan: Plan) -> Table:
 
 def _treatment(plan: Plan, entry: PlannedWeight) -> str:
     """The scheme, the method where it is another than max, and why channels are not scaled."""
-    words = ", ".join(filter(None, [entry.scheme.value, str(entry.method)]))
+    cache = plan.recipe.kv_cache
+    cached = [f"{kind} {cache.format.value}" for kind in entry.cached] if cache else []
+    words = ", ".join(filter(None, [entry.scheme.value, str(entry.method), *cached]))
     return f"{words}; channels not scaled: {plan.unscaled[entry.path]}" if entry.path in plan.unscaled else words
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
+from jaxfp4.recipes.kv_cache import KvCache
 from jaxfp4.recipes.methods import (
     Awq,
     FourOverSix,
@@ -22,6 +23,7 @@ from jaxfp4.recipes.methods import (
     WeightedMse,
 )
 from jaxfp4.recipes.recipe import Recipe, Rule, Scheme
+from jaxfp4.tensors.cache import CacheFormat
 from jaxfp4.transform.weights import Role
 
 _MLP = frozenset({Role.LINEAR, Role.EXPERT})
@@ -64,6 +66,8 @@ def presets() -> Mapping[str, Recipe]:
         recipes.append(Recipe(f"nvfp4_weight_only_{name}", (Rule(Scheme.W4A16, method=method),)))
     for name, method in ACTIVATIONS.items():
         recipes.append(Recipe(f"nvfp4_{name}", (Rule(Scheme.W4A4, method=method),)))
+    for cache in CacheFormat:
+        recipes.append(Recipe(f"nvfp4_kv_{cache.value.lower()}", (Rule(Scheme.W4A4),), kv_cache=KvCache(cache)))
     return {recipe.name: recipe for recipe in recipes}
 
 

@@ -7,6 +7,7 @@ import enum
 import fnmatch
 from collections.abc import Sequence
 
+from jaxfp4.recipes.kv_cache import KvCache
 from jaxfp4.recipes.methods import MAX_CALIBRATION, Method
 from jaxfp4.transform.weights import Role, Weight
 
@@ -79,6 +80,8 @@ class Recipe:
     name: str
     rules: tuple[Rule, ...]
     expert_scale: ExpertScale = ExpertScale.STACK
+    kv_cache: KvCache | None = None
+    """Whether and how keys and values are quantized."""
 
     def with_expert_scale(self, expert_scale: str | ExpertScale) -> Recipe:
         """The recipe with another scope of the experts' global scales: `"stack"` or `"expert"`."""

@@ -352,8 +352,8 @@ def test_traces_once_for_a_shape():
 
 
 def test_synthetic_layer():
-    """The figures of one seed at full size, so that they can be compared with others'."""
-    layer = synthetic.layer(1)
+    """One seed, fewer rows. The loop of Model-Optimizer 0.47, given these scales, has the same two static figures."""
+    layer = synthetic.layer(1, outputs=128)
     w, hessian, scale = jnp.asarray(layer.w), jnp.asarray(layer.hessian), scale_of(layer.w)
     moments = layer.test.T @ layer.test
     found = {"nearest": relative_objective(layer.w, dequantized(to_nearest(w), scale), moments)}
@@ -361,7 +361,7 @@ def test_synthetic_layer():
         q = dequantized(gptq(w, hessian, scale, choose, order=order), scale)
         found[f"{choose.__name__} {order.value}"] = relative_objective(layer.w, q, moments)
     assert found == pytest.approx(
-        {"nearest": 0.00905, "largest static": 0.00535, "sweep static": 0.00169, "sweep activation": 0.00152},
+        {"nearest": 0.00955, "largest static": 0.00566, "sweep static": 0.00173, "sweep activation": 0.00156},
         rel=0.01,
     )
 
