@@ -11,6 +11,7 @@ from rich.console import Console
 
 import jaxfp4
 from jaxfp4 import recipes
+from jaxfp4.commands.bench_quality import HELD_OUT_BATCHES, bench_quality
 from jaxfp4.commands.demo import DEVICES, demo
 from jaxfp4.commands.errors import CommandError
 from jaxfp4.commands.meshes import MeshShape, use_virtual_cpu_devices
@@ -51,6 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=_positive, default=8, help="rows of calibration data at a time")
     command.add_argument("--sequence-length", type=_positive, default=256, help="bytes a row, for text")
     command.set_defaults(run=_quantize)
+
+    command = commands.add_parser("bench", help="measurements on the built-in model")
+    benchmarks = command.add_subparsers(required=True, metavar="BENCHMARK")
+    command = benchmarks.add_parser("quality", help="held-out loss and KL divergence of each recipe")
+    command.add_argument("--recipes", metavar="NAME,NAME", help="by default all; nvfp4 among them to compare with")
+    command.add_argument("--batches", type=_positive, default=HELD_OUT_BATCHES, help="of held-out text")
+    command.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures, unrounded")
+    command.set_defaults(run=_bench_quality)
     return parser
 
 
@@ -81,3 +90,7 @@ def _quantize(options: argparse.Namespace, console: Console) -> None:
         sequence_length=options.sequence_length,
         console=console,
     )
+
+
+def _bench_quality(options: argparse.Namespace, console: Console) -> None:
+    bench_quality(console, options.recipes, options.batches, options.json)

@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from jaxfp4.formats import exact, nvfp4
 from jaxfp4.formats.minifloat import E2M1, E4M3
-from jaxfp4.tensors.mesh import varying_everywhere
+from jaxfp4.tensors.mesh import varying_as
 
 LARGEST_CODE = E4M3.sign_mask - 2
 """The code of 448."""
@@ -151,8 +151,9 @@ def search(
 
     Stops when for every block the bound, which grows as codes fall, has passed the best error's high part.
     """
-    # Inside a shard_map a loop's state has one type throughout, that of values that differ everywhere.
-    highest = varying_everywhere(jnp.minimum(highest.astype(jnp.int32), LARGEST_CODE))
+    highest = jnp.minimum(highest.astype(jnp.int32), LARGEST_CODE)
+    # Inside a shard_map a loop's state has one type throughout, that of the errors.
+    highest = varying_as(highest, evaluate(highest).high)
 
     def reachable(step: Array, best: Error) -> Array:
         code = highest - step
@@ -169,9 +170,9 @@ def search(
         best = Error(*(jnp.where(better, new, old) for new, old in zip(error, best, strict=True)))
         return step + 1, jnp.where(better, highest - step, chosen), best
 
-    most = varying_everywhere(jnp.full(highest.shape, jnp.iinfo(jnp.int32).max))
-    worst = Error(most, most, varying_everywhere(jnp.full(highest.shape, jnp.inf)))
-    first = varying_everywhere(jnp.int32(0))
+    most = varying_as(jnp.full(highest.shape, jnp.iinfo(jnp.int32).max), highest)
+    worst = Error(most, most, varying_as(jnp.full(highest.shape, jnp.inf), highest))
+    first = varying_as(jnp.int32(0), highest)
     chosen = lax.while_loop(proceed, advance, (first, highest, worst))[1]
     return blocks.stored(chosen)
 

@@ -76,23 +76,21 @@ def calibrate(apply_fn: ApplyFn, params: Any, batches: Iterable[Any], plan: Plan
     """
     calibrate_fn = make_calibrate_fn(apply_fn, plan)
     stats, count = plan.init_stats(params), 0
-    for batch in _tracked(batches, progress):
+    for batch in tracked_progress(batches, "calibrating", progress):
         stats = calibrate_fn(params, stats, *(batch if isinstance(batch, tuple) else (batch,)))
         count += 1
     if not count:
         raise ValueError("batches is empty: wanted at least one batch of calibration data")
-    _refuse_non_finite(stats)
+    refuse_non_finite(stats)
     for path, experts in unseen_experts(plan, stats).items():
         log.warning("%s: no token reached experts %s; they get their layer's shared scale", path, experts)
     return stats
 
 
-def _tracked(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    """The batches with a progress bar on standard error."""
-    total = len(batches) if isinstance(batches, Sized) else None
-    return track(
-        batches, "calibrating", total=total, disable=not progress, transient=True, console=Console(stderr=True)
-    )
+def tracked_progress(items: Iterable[Any], task: str, progress: bool) -> Iterable[Any]:
+    """The items with a progress bar on standard error."""
+    total = len(items) if isinstance(items, Sized) else None
+    return track(items, task, total=total, disable=not progress, transient=True, console=Console(stderr=True))
 
 
 def input_scales(plan: Plan, stats: Mapping[str, Mapping[str, Array]] | None) -> dict[str, Array]:
@@ -108,7 +106,7 @@ def input_scales(plan: Plan, stats: Mapping[str, Mapping[str, Array]] | None) ->
     stats = used_stats(plan, stats)
     traced = any(isinstance(state, jax.core.Tracer) for state in jax.tree.leaves(stats))
     if not traced:
-        _refuse_non_finite(stats)
+        refuse_non_finite(stats)
     entries = plan.with_input_scale
     amaxes = {e.path: _activation_amax(e, stats[e.path]) for e in entries}
     scales = {}
@@ -187,7 +185,8 @@ def _refuse_bare_arrays(stats: Mapping[str, Any]) -> None:
             )
 
 
-def _refuse_non_finite(stats: Mapping[str, Mapping[str, Array]]) -> None:
+def refuse_non_finite(stats: Mapping[str, Mapping[str, Array]]) -> None:
+    """`LeafError` with the path of the first weight whose statistics hold NaN or Inf."""
     for path, states in stats.items():
         if not all(np.all(np.isfinite(np.asarray(state))) for state in states.values()):
             raise LeafError(

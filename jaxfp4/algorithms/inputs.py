@@ -55,10 +55,11 @@ def _shape(value: Any) -> tuple[int, ...]:
 def tracked_inputs(plan: Plan, leaves: Leaves, entries: Sequence[PlannedWeight]) -> list[Value]:
     """The leaves as inputs of the evaluation, those of `entries` tracked to their contractions."""
     tracked = {entry.weight.leaf: entry for entry in entries}
-    return [_tracked(tracked[i], v) if i in tracked else v for i, v in enumerate(leaves.values)]
+    return [tracked_weight(tracked[i], v) if i in tracked else v for i, v in enumerate(leaves.values)]
 
 
-def _tracked(entry: PlannedWeight, value: Any) -> Tracked:
+def tracked_weight(entry: PlannedWeight, value: Any) -> Tracked:
+    """A planned weight, quantized or not, to be tracked to its contractions."""
     weight = entry.weight
     stack = {a: weight.shape[a] for a in weight.stack_axes}
     view = whole(weight.leaf, weight.shape)

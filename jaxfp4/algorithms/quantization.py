@@ -39,20 +39,29 @@ def quantize_params(params: Any, plan: Plan, stats: Mapping[str, Any] | None = N
     leaves = leaves_for(plan, params)
     used = None if stats is None else used_stats(plan, stats)
     values, used = folded(plan, dict(enumerate(leaves.values)), used)
-    arrays = {e.path: values[e.weight.leaf] for e in plan.quantized}
+    quantized = quantize_weights(plan, {e.path: values[e.weight.leaf] for e in plan.quantized}, used)
+    by_leaf = {e.weight.leaf: quantized[e.path] for e in plan.quantized}
+    return leaves.rebuilt([by_leaf.get(i, value) for i, value in values.items()])
+
+
+def quantize_weights(plan: Plan, arrays: Mapping[str, Array], used: Stats | None) -> dict[str, QuantizedWeight]:
+    """By path, the weights that the plan quantizes, from arrays by path and the statistics that the plan uses.
+
+    Channels are taken as they are; errors are those of `quantize_params`.
+    """
     scales, caches = input_scales(plan, used), cache_amaxes(plan, used)
-    quantized: dict[int, QuantizedWeight] = {}
+    quantized: dict[str, QuantizedWeight] = {}
     for group in _sibling_groups(plan):
         rotated = {e.path: _rotated(e, arrays[e.path]) for e in group}
         amaxes = shared_amaxes(plan, group, rotated)
         divisor = min(e.method.scales.divisor for e in group)
         for entry in group:
             weight = _quantized(plan, entry, rotated[entry.path], amaxes[entry.path], divisor, used)
-            quantized[entry.weight.leaf] = dataclasses.replace(
+            quantized[entry.path] = dataclasses.replace(
                 weight, input_scale=scales.get(entry.path), cache=caches.get(entry.path)
             )
-    _refuse_non_finite(arrays, {e.path: quantized[e.weight.leaf].weight.global_scale for e in plan.quantized})
-    return leaves.rebuilt([quantized.get(i, value) for i, value in values.items()])
+    _refuse_non_finite(arrays, {path: weight.weight.global_scale for path, weight in quantized.items()})
+    return quantized
 
 
 def _quantized(

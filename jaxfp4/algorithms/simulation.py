@@ -35,7 +35,7 @@ def quantized(apply_fn: ApplyFn, plan: Plan) -> Callable[..., Any]:
         activation = meeting.rotated(_pre_scaled(meeting))
         if schemes[meeting.leaf] is not Scheme.W4A4:
             return activation
-        return _quantize_activation(activation, meeting.activation_dimensions, meeting.weight.scale("input_scale"))
+        return quantize_activation(activation, meeting.activation_dimensions, meeting.weight.scale("input_scale"))
 
     @jax.jit
     def quantized_fn(qparams: Any, *args: Any) -> Any:
@@ -72,7 +72,7 @@ def _pre_scaled(meeting: Meeting) -> Array:
     return (activation * jax.lax.expand_dims(factors, others)).astype(activation.dtype)
 
 
-def _quantize_activation(x: Array, dimensions: tuple[int, ...], scale: Array | None) -> Array:
+def quantize_activation(x: Array, dimensions: tuple[int, ...], scale: Array | None) -> Array:
     """Fake-quantized along `dimensions`, flattened in this order, which is that of the weight."""
     if scale is None:
         return along(x, dimensions, fake_quantize)

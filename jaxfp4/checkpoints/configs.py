@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxfp4.formats import BLOCK_SIZE
+from jaxfp4.tensors.cache import CacheFormat
 
 CONFIG_FILE = "config.json"
 MODELOPT_FILE = "hf_quant_config.json"
@@ -20,6 +21,7 @@ FORMATS = (MODELOPT, COMPRESSED_TENSORS)
 _QUANTIZATION = "quantization_config"
 _PACK_FORMAT = "nvfp4-pack-quantized"
 _FP8_KV_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
+_KV_SCHEMES: Mapping[CacheFormat, object] = {CacheFormat.FP8: _FP8_KV_SCHEME, CacheFormat.NVFP4: "NVFP4"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +37,20 @@ class Modules:
     excluded: list[str]
     """Not quantized, with a parameter of at least two dimensions."""
 
+    cache: CacheFormat | None = None
+    """How keys and values are stored, where it is known."""
+
 
 def config_files(modules: Modules, source: Mapping[str, Any] | None, file_format: str) -> dict[str, dict[str, Any]]:
     """File name -> content. `source` is the model's own config.json; its keys stay in front.
 
-    A key-value cache scheme that `source` declares as already quantized by Model-Optimizer is kept in that format.
+    A key-value cache scheme that `source` declares as already quantized by Model-Optimizer is kept in that format,
+    unless `modules` has one.
     """
     source = dict(source or {})
     if file_format == COMPRESSED_TENSORS:
         return {CONFIG_FILE: {**source, _QUANTIZATION: _compressed_tensors(modules)}}
-    quantization = _modelopt(modules, _kv_scheme(source))
+    quantization = _modelopt(modules, _kv_scheme(source) if modules.cache is None else _KV_SCHEMES[modules.cache])
     details = {
         "quant_algo": quantization["quant_algo"],
         "kv_cache_quant_algo": _kv_algorithm(quantization.get("kv_cache_scheme")),

@@ -16,8 +16,9 @@ from jaxfp4.checkpoints import writer
 from jaxfp4.checkpoints.configs import COMPRESSED_TENSORS, FORMATS, Modules, config_files, refuse_unserializable
 from jaxfp4.checkpoints.names import TensorName, refuse_unmatched, resolve_name
 from jaxfp4.checkpoints.writer import PendingTensor
-from jaxfp4.formats import BLOCK_SIZE, LeafError, path_string
+from jaxfp4.formats import BLOCK_SIZE, LeafError, fp8, path_string
 from jaxfp4.tensors import NVFP4Tensor, QuantizedWeight
+from jaxfp4.tensors.cache import CacheAmax, CacheFormat
 
 _E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 _FLOAT32 = np.dtype(np.float32)
@@ -37,9 +38,10 @@ def export_checkpoint(
     A `QuantizedWeight` becomes tensors of one 2-D weight `[N, K]`, whatever its axis order: K is its contraction,
     flattened with the last axis minor, N all other axes, flattened. With `format="modelopt"` these are `MODULE.weight`
     uint8 `[N, K/2]`, `MODULE.weight_scale` float8_e4m3fn `[N, K/16]`, `MODULE.weight_scale_2` float32 `[]` (the global
-    scale) and, if there is one, `MODULE.input_scale` float32 `[]`. With `format="compressed-tensors"` they are
-    `weight_packed`, `weight_scale`, `weight_global_scale` float32 `[1]` and `input_global_scale`, the last two IEEE
-    float32 reciprocals. Other arrays keep dtype and shape.
+    scale) and, if there is one, `MODULE.input_scale` float32 `[]`; a weight whose result a quantized key-value cache
+    holds also has `MODULE.k_scale` or `MODULE.v_scale` float32 `[]`, amax / 448 for FP8 and for NVFP4. With
+    `format="compressed-tensors"` they are `weight_packed`, `weight_scale`, `weight_global_scale` float32 `[1]` and
+    `input_global_scale`, the last two IEEE float32 reciprocals. Other arrays keep dtype and shape.
 
     Args:
         qparams: arrays of JAX, on any mesh all of whose devices belong to this process, or of numpy.
@@ -56,7 +58,8 @@ def export_checkpoint(
     entry.
 
     Raises:
-        ValueError: unknown format; no quantized leaf; a contraction that is no multiple of 16; a `pre_scale`, which
+        ValueError: unknown format; no quantized leaf; a quantized key-value cache in compressed-tensors, or in two
+            formats; a contraction that is no multiple of 16; a `pre_scale`, which
             engines
             do not apply; a scale that is not positive and finite, or is not one value for each tensor written; two
             tensors of the same name; `names` that match nothing or do not fit; an array that is not wholly on this
@@ -89,10 +92,13 @@ def _tensors_of(
     owners: dict[str, str] = {}
     tensors: list[PendingTensor] = []
     quantized: dict[str, bool] = {}
+    cache_formats: dict[CacheFormat, str] = {}
     excluded: set[str] = set()
     for path, leaf in leaves:
         if isinstance(leaf, QuantizedWeight):
             _refuse_unservable(path, leaf)
+            if leaf.cache is not None:
+                cache_formats[leaf.cache.format] = path
             name = resolve_name(path, leaf.weight.shape, names.get(path), quantized=True)
             quantized.update((module, leaf.input_scale is not None) for _, module in name.modules(leaf.weight.shape))
             new = list(_quantized_tensors(path, leaf, name, file_format))
@@ -114,7 +120,24 @@ def _tensors_of(
         raise ValueError("qparams holds no QuantizedWeight: wanted at least one; quantize the parameters first")
     with_inputs = sorted(module for module, inputs in quantized.items() if inputs)
     without_inputs = sorted(module for module, inputs in quantized.items() if not inputs)
-    return tensors, Modules(with_inputs, without_inputs, sorted(excluded - set(quantized)))
+    cache = _only_cache_format(cache_formats, file_format)
+    return tensors, Modules(with_inputs, without_inputs, sorted(excluded - set(quantized)), cache)
+
+
+def _only_cache_format(found: Mapping[CacheFormat, str], file_format: str) -> CacheFormat | None:
+    """The one format of the key-value cache; `found` has a path for each."""
+    if len(found) > 1:
+        (first, path), (second, other) = list(found.items())[:2]
+        raise LeafError(
+            f"{path}: its key-value cache is {first.value}, that of {other} {second.value}: wanted one format for the "
+            "whole model; quantize with one recipe"
+        )
+    if found and file_format == COMPRESSED_TENSORS:
+        raise LeafError(
+            f"{next(iter(found.values()))}: has scales of a key-value cache, which are written in Model-Optimizer's "
+            "format only: wanted format='modelopt', or a recipe without kv_cache"
+        )
+    return next(iter(found), None)
 
 
 def _refuse_unservable(path: str, leaf: QuantizedWeight) -> None:
@@ -174,6 +197,7 @@ def _quantized_tensors(path: str, leaf: QuantizedWeight, name: TensorName, file_
     stack = weight.shape[:stacked]
     global_scales = _scalars(path, "global scale", weight.global_scale, stack)
     input_scales = None if leaf.input_scale is None else _scalars(path, "input scale", leaf.input_scale, stack)
+    cached = _cache_scales(path, leaf.cache, stack)
     for index, module in name.modules(weight.shape):
         prefix = f"{module}." if module else ""
         packed, scales = (rows, length // 2), (rows, length // BLOCK_SIZE)
@@ -192,6 +216,19 @@ def _quantized_tensors(path: str, leaf: QuantizedWeight, name: TensorName, file_
             yield _scalar_tensor(
                 prefix + ("input_global_scale" if compressed else "input_scale"), input_scales[index], compressed
             )
+        for suffix, scales_of_stack in cached.items():
+            yield _scalar_tensor(prefix + suffix, scales_of_stack[index], False)
+
+
+def _cache_scales(path: str, cache: CacheAmax | None, stack: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """The scales of keys and values by the last part of their tensors' names, one for each entry of the stack."""
+    amaxes = {} if cache is None else {"k_scale": cache.keys, "v_scale": cache.values}
+    divisor = np.float32(fp8.SCALE_DIVISOR)
+    return {
+        suffix: _scalars(path, suffix, np.asarray(amax) / divisor, stack)
+        for suffix, amax in amaxes.items()
+        if amax is not None
+    }
 
 
 def _matrix_order(path: str, weight: NVFP4Tensor, stacked: int, name: TensorName) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxfp4.formats import exact
+from jaxfp4.formats import exact, fp8
 from jaxfp4.formats.minifloat import E2M1, E4M3
 
 TENSOR_DIVISOR = int(E2M1.max * E4M3.max)
@@ -21,9 +21,6 @@ SMALLEST_GLOBAL_AMAX = 2.0**-103
 
 _SIGN = E2M1.sign_mask
 _E2M1_STEPS = tuple(zip(E2M1.magnitudes[1:-1].tolist(), (0.5, 0.5, 0.5, 0.75, 1.0, 1.5), strict=True))
-_E4M3_SHIFT = 23 - E4M3.mantissa_bits
-_E4M3_REBIAS = (127 - E4M3.bias) << E4M3.mantissa_bits
-_E4M3_NAN = E4M3.sign_mask - 1
 
 
 def global_scale(global_amax: Array, divisor: int = TENSOR_DIVISOR) -> Array:
@@ -46,36 +43,17 @@ def encode_scale(block_amax: Array, global_scale: Array) -> Array:
     divisor = global_scale * 4 + global_scale * 2  # float32(6 * global_scale): the parts are exact, one rounding
     divisor, block_amax = jnp.broadcast_arrays(divisor, block_amax)
     inverse = exact.inverse_power_of_two(divisor)
-    unit_divisor, numerator = divisor * inverse, block_amax * inverse
-    estimate = jnp.clip(numerator / unit_divisor, E4M3.smallest, E4M3.max)
-
-    normal = estimate >= E4M3.smallest_normal
-    low_bits = jnp.uint32((1 << _E4M3_SHIFT) - 1)
-    truncated = exact.as_float(exact.as_bits(estimate) & ~low_bits)
-    lower = jnp.where(normal, truncated, jnp.floor(estimate / E4M3.smallest) * E4M3.smallest)
-    code = jnp.where(
-        normal,
-        (exact.as_bits(lower) >> _E4M3_SHIFT) - _E4M3_REBIAS,
-        (lower / E4M3.smallest).astype(jnp.uint32),
-    )
-    step = jnp.where(normal, exact.power_of_two(lower) * 2.0**-E4M3.mantissa_bits, E4M3.smallest)
-    up = exact.rounds_up(numerator, lower + step / 2, unit_divisor, odd=code % 2 == 1)
-    code = jnp.minimum(code + up.astype(jnp.uint32), _E4M3_NAN - 1)
-
+    code = fp8.nearest_code(block_amax * inverse, divisor * inverse, least=E4M3.smallest)
     zero = exact.rounds_to_zero(exact.magnitude_bits(block_amax), divisor)
     one = E4M3.magnitudes.tolist().index(1.0)
     code = jnp.where(zero, one, code)
     finite = jnp.isfinite(block_amax) & jnp.isfinite(divisor)
-    return jnp.where(finite, code, _E4M3_NAN).astype(jnp.uint8)
+    return jnp.where(finite, code, fp8.NAN).astype(jnp.uint8)
 
 
 def decode_scale(codes: Array) -> Array:
-    """The float32 value of non-negative E4M3 codes given as uint8; NaN for the code 0x7F."""
-    wide = codes.astype(jnp.uint32)
-    normal = exact.as_float((wide + _E4M3_REBIAS) << _E4M3_SHIFT)
-    subnormal = wide.astype(jnp.float32) * E4M3.smallest
-    value = jnp.where(wide < 1 << E4M3.mantissa_bits, subnormal, normal)
-    return jnp.where(wide == _E4M3_NAN, jnp.nan, value)
+    """The float32 value of E4M3 codes given as uint8; NaN for the code 0x7F."""
+    return fp8.decode(codes)
 
 
 def encode_values(x: Array, scale: Array, global_scale: Array) -> Array:

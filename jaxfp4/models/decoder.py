@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
@@ -98,6 +99,8 @@ class Attention(nnx.Module):
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotary(query, self.config.rope_theta), rotary(key, self.config.rope_theta)
+        # The names by which a recipe's `kv_cache` finds them.
+        key, value = checkpoint_name(key, "keys"), checkpoint_name(value, "values")
         query = query.reshape(batch, time, kv_heads, -1, head_dim)
         scores = jnp.einsum("btkgd,bskd->bkgts", query, key, preferred_element_type=jnp.float32) * head_dim**-0.5
         causal = jnp.tril(jnp.ones((time, time), bool))

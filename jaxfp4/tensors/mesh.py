@@ -140,6 +140,14 @@ def varying_everywhere(x: Array) -> Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
+def varying_as(x: Array, *others: Array) -> Array:
+    """Inside a shard_map, `x` declared to vary over all axes over which one of the others does."""
+    present = varying_axes(x)
+    wanted = dict.fromkeys(name for other in others for name in varying_axes(other))
+    missing = tuple(name for name in wanted if name not in present)
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
 def enclosing_axes() -> AxisNames:
     """All axes of the mesh in whose context the code is traced."""
     return tuple(jax.sharding.get_abstract_mesh().axis_names)

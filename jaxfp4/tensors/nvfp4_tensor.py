@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from jaxfp4.formats import BLOCK_SIZE, exact, nvfp4
 from jaxfp4.tensors.blocks import Blocking
+from jaxfp4.tensors.cache import CacheAmax
 
 
 @functools.partial(
@@ -100,7 +101,9 @@ class NVFP4Tensor:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["weight", "input_scale", "pre_scale"], meta_fields=["rotation"]
+    jax.tree_util.register_dataclass,
+    data_fields=["weight", "input_scale", "pre_scale", "cache"],
+    meta_fields=["rotation"],
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
@@ -117,10 +120,17 @@ class QuantizedWeight:
     rotation: int = 0
     """The size of the groups of channels in which weight and activation are rotated by `hadamard`; 0 for none."""
 
+    cache: CacheAmax | None = None
+    """The absolute maxima of keys or values that are the weight's result; None if they are not quantized."""
+
     def __repr__(self) -> str:
         scales = {"input_scale": self.input_scale, "pre_scale": self.pre_scale}
         parts = [repr(self.weight), *(f"{name}={_short(s)}" for name, s in scales.items() if s is not None)]
         parts += [f"rotation={self.rotation}"] if self.rotation else []
+        if self.cache is not None:
+            amaxes = {"keys": self.cache.keys, "values": self.cache.values}
+            names = [f"{name}={_short(a)}" for name, a in amaxes.items() if a is not None]
+            parts.append(f"cache={self.cache.format.value}({', '.join(names)})")
         return f"QuantizedWeight({', '.join(parts)})"
 
 

@@ -53,6 +53,7 @@ class Site:
     roles: AxisRoles
     activation: Origin
     view: View
+    path: jaxprs.EqnPath = ()
 
 
 @dataclasses.dataclass
@@ -78,6 +79,8 @@ class Findings:
     """Output axes, by leaf and axis, along which a later contraction has separate weights."""
     outputs: int = 0
     """Sites whose result reaches the model's outputs with no other site in between."""
+    marks: dict[jaxprs.EqnPath, tuple[str, int]] = dataclasses.field(default_factory=dict)
+    """By equation, the name of a marked value and the sites that it comes from with no other in between."""
 
 
 Env = dict[Var, Origin]
@@ -102,20 +105,24 @@ class _Walk:
         self._roots = 0
         self._products = 0
         self._loops = 0
+        self._path: jaxprs.EqnPath = ()
 
     def fresh(self, **facts: object) -> Origin:
         """An origin with a root of its own."""
         self._roots += 1
         return dataclasses.replace(Origin(self._roots), **facts)  # type: ignore[arg-type]
 
-    def run(self, body: jaxprs.Body, inputs: Sequence[Origin]) -> list[Origin]:
-        """The origins of a jaxpr's results."""
+    def run(self, body: jaxprs.Body, inputs: Sequence[Origin], branch: jaxprs.EqnPath = ()) -> list[Origin]:
+        """The origins of a jaxpr's results; `branch` tells it apart from others of the same equation."""
+        around = self._path
         env: Env = {v: self.fresh() for v in body.jaxpr.constvars}
         env.update(zip(body.jaxpr.invars, inputs, strict=True))
-        for eqn in body.jaxpr.eqns:
+        for number, eqn in enumerate(body.jaxpr.eqns):
+            self._path = (*around, *branch, number)
             operands = [_labelled(self.read(env, atom), atom) for atom in eqn.invars]
             results = self.equation(eqn, operands)
             env.update(zip(eqn.outvars, results, strict=True))
+        self._path = around
         return [self.read(env, atom) for atom in body.jaxpr.outvars]
 
     def read(self, env: Env, atom: jaxprs.Atom) -> Origin:
@@ -137,6 +144,8 @@ class _Walk:
     def ordinary(self, eqn: JaxprEqn, operands: list[Origin]) -> list[Origin]:
         """Results of an equation without a jaxpr inside that the walk enters."""
         name = eqn.primitive.name
+        if name == jaxprs.MARK:
+            self.findings.marks[self._path] = eqn.params["name"], operands[0].direct
         if name in jaxprs.PASS_THROUGH:
             return operands
         views = propagate(eqn, [o.view for o in operands], _index_resolver(eqn, operands))
@@ -234,7 +243,7 @@ class _Walk:
             self.obstruct([view.leaf], roles)
             return self.merge([activation])
         number = len(self.findings.sites)
-        self.findings.sites.append(Site(number, view.leaf, roles, activation, view))
+        self.findings.sites.append(Site(number, view.leaf, roles, activation, view, self._path))
         for _, dimension in contraction.batched:
             self.findings.batched_outputs |= activation.labels[dimension]
         return self.fresh(
@@ -294,7 +303,8 @@ class _Walk:
 
     def cond(self, eqn: JaxprEqn, operands: list[Origin]) -> list[Origin]:
         """Each result merged over the branches."""
-        branches = [self.run(jaxprs.body_of(branch), operands[1:]) for branch in eqn.params["branches"]]
+        bodies = [jaxprs.body_of(branch) for branch in eqn.params["branches"]]
+        branches = [self.run(body, operands[1:], (i,)) for i, body in enumerate(bodies)]
         return [self.merge(self.lost(r, "cond") for r in results) for results in zip(*branches, strict=True)]
 
     def shard_map(self, eqn: JaxprEqn, operands: list[Origin]) -> list[Origin]:

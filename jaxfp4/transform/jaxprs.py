@@ -12,6 +12,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 Atom = Var | Literal
 
+EqnPath = tuple[int, ...]
+"""Where an equation is: its number in its jaxpr, behind the numbers of the equations around it."""
+
+MARK = "name"
+"""The primitive of `jax.ad_checkpoint.checkpoint_name`."""
+
 
 def shape_of(atom: Atom) -> tuple[int, ...]:
     """The shape of an operand; tokens and the like have none."""

@@ -29,7 +29,7 @@ def remat(scope: Scope, eqn: JaxprEqn, operands: list[Value]) -> Sequence[Value]
 
     @functools.partial(jax.checkpoint, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
     def evaluated(arrays: list[Any]) -> tuple[list[Array], Observations]:
-        return scope.inner(body, restore(arrays))
+        return scope.inner(body, restore(arrays), same_values=True)
 
     results, observations = evaluated(arrays)
     scope.absorb(observations)
@@ -87,7 +87,7 @@ def while_loop(scope: Scope, eqn: JaxprEqn, operands: list[Value]) -> Sequence[V
         return results, _merged(scope, state[1], observations)
 
     def proceed(state: tuple[list[Array], Observations]) -> Array:
-        return scope.inner(condition, [*condition_consts, *state[0]])[0][0]
+        return scope.inner(condition, [*condition_consts, *state[0]], (-1,))[0][0]
 
     values, seen = lax.while_loop(proceed, step, (carry, neutral))
     scope.absorb(seen)
@@ -101,15 +101,15 @@ def cond(scope: Scope, eqn: JaxprEqn, operands: list[Value]) -> Sequence[Value]:
     for body in bodies:
         neutral.update(_neutral(scope, body, operands[1:]))
 
-    def branch(body: jaxprs.Body) -> Callable[[], tuple[list[Array], Observations]]:
+    def branch(number: int, body: jaxprs.Body) -> Callable[[], tuple[list[Array], Observations]]:
         def evaluated() -> tuple[list[Array], Observations]:
-            results, observations = scope.inner(body, operands[1:])
+            results, observations = scope.inner(body, operands[1:], (number,))
             return results, _merged(scope, neutral, observations)
 
         return evaluated
 
     index = as_array(operands[0]).astype(jnp.int32)
-    results, observations = lax.switch(index, [branch(body) for body in bodies])
+    results, observations = lax.switch(index, [branch(i, body) for i, body in enumerate(bodies)])
     scope.absorb(observations)
     return results
 

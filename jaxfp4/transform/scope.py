@@ -1,8 +1,9 @@
-"""Evaluating the equations of a jaxpr in order, with a hook at each contraction of a planned weight."""
+"""Evaluating the equations of a jaxpr in order, with hooks at contractions of planned weights and at marked values."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from jax.extend.core import JaxprEqn, Literal, Var
 
 from jaxfp4.transform import jaxprs
 from jaxfp4.transform.contractions import contraction_with, weight_operand
+from jaxfp4.transform.jaxprs import EqnPath
+from jaxfp4.transform.marks import Mark, observe_mark
 from jaxfp4.transform.reach import contracted_in_equation, returned_by_call
 from jaxfp4.transform.sites import Meeting, Tracked
 from jaxfp4.transform.statistics import State, Statistic
@@ -25,9 +28,14 @@ def original_activation(meeting: Meeting) -> Array:
     return meeting.activation
 
 
+def original_value(mark: Mark, weight: Tracked, value: Array) -> Array:
+    """The marked value as the model computed it."""
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What to do where a planned weight meets an activation."""
+    """What to do where a planned weight meets an activation, and where a value that it makes is marked."""
 
     replace_activation: Callable[[Meeting], Array] = original_activation
     """The activation to contract with in place of the original."""
@@ -35,19 +43,39 @@ class Hooks:
     statistics: Mapping[int, Statistic] = dataclasses.field(default_factory=dict)
     """By leaf, what to observe of the original activations that the weight meets."""
 
+    marks: Mapping[EqnPath, Mark] = dataclasses.field(default_factory=dict)
+    """The marked values."""
+
+    replace_marked: Callable[[Mark, Tracked, Array], Array] = original_value
+    """The value to go on with in place of a marked one."""
+
+    @functools.cached_property
+    def around_marks(self) -> frozenset[EqnPath]:
+        """The equations with marked values inside."""
+        return frozenset(path[:n] for path in self.marks for n in range(1, len(path)))
+
 
 class Scope:
     """One level of nesting. Its environment lives in `inline`; `observations` gathers what its contractions saw."""
 
-    def __init__(self, hooks: Hooks, rebuilders: Mapping[str, Rebuild]):
+    def __init__(self, hooks: Hooks, rebuilders: Mapping[str, Rebuild], path: EqnPath = ()):
         self.hooks = hooks
         self.observations: Observations = {}
         self._rebuilders = rebuilders
+        self._path = path
+        self._contracted: dict[EqnPath, Tracked] = {}
         self._dequantized: dict[int, tuple[Any, Array]] = {}
 
-    def inner(self, body: jaxprs.Body, inputs: Sequence[Value]) -> tuple[list[Array], Observations]:
-        """The results and observations of a body in a new scope."""
-        scope = Scope(self.hooks, self._rebuilders)
+    def inner(
+        self, body: jaxprs.Body, inputs: Sequence[Value], branch: EqnPath = (), *, same_values: bool = False
+    ) -> tuple[list[Array], Observations]:
+        """The results and observations of a body in a new scope.
+
+        `branch` tells it apart from other bodies of the same equation. With `same_values` it is evaluated once on the
+        values of this scope, whose weights it knows.
+        """
+        scope = Scope(self.hooks, self._rebuilders, (*self._path, *branch))
+        scope._contracted.update(self._contracted if same_values else {})
         results = scope.inline(body, inputs)
         return [as_array(value) for value in results], scope.observations
 
@@ -59,18 +87,24 @@ class Scope:
         def read(atom: jaxprs.Atom) -> Value:
             return atom.val if isinstance(atom, Literal) else env[atom]
 
-        for eqn in body.jaxpr.eqns:
+        around = self._path
+        for number, eqn in enumerate(body.jaxpr.eqns):
+            self._path = (*around, number)
             env.update(zip(eqn.outvars, self.equation(eqn, [read(atom) for atom in eqn.invars]), strict=True))
+        self._path = around
         return [read(atom) for atom in body.jaxpr.outvars]
 
     def equation(self, eqn: JaxprEqn, operands: list[Value]) -> Sequence[Value]:
-        """The results of one equation; bound as it is unless a planned weight is contracted in it or returned by it."""
+        """The results of one equation; bound as it is unless it concerns a planned weight or a marked value."""
         views = [v.view if isinstance(v, Tracked) else None for v in operands]
-        if all(view is None for view in views):
+        if self._path in self.hooks.marks:
+            return self.marked(eqn, self.array(operands[0]))
+        marks_inside = self._path in self.hooks.around_marks
+        if all(view is None for view in views) and not marks_inside:
             return jaxprs.bind(eqn, operands)
         name = eqn.primitive.name
         returned = returned_by_call(eqn, views)
-        if returned or contracted_in_equation(eqn, views):
+        if returned or marks_inside or contracted_in_equation(eqn, views):
             if name in self._rebuilders and not returned:
                 return self._rebuilders[name](self, eqn, operands)
             return self.inline(jaxprs.body_of(eqn.params[jaxprs.CALLS[name]]), operands)
@@ -102,10 +136,24 @@ class Scope:
             if not isinstance(roles, str):
                 groups = arrays[2] if len(arrays) > 2 else None
                 meeting = Meeting(tracked, contraction, arrays[1 - weight], groups)
+                self._contracted[self._path] = tracked
                 if meeting.leaf in self.hooks.statistics:
                     self.absorb({meeting.leaf: meeting.observe(self.hooks.statistics[meeting.leaf])})
                 arrays[1 - weight] = self.hooks.replace_activation(meeting)
         return jaxprs.bind(eqn, arrays)
+
+    def marked(self, eqn: JaxprEqn, value: Array) -> list[Array]:
+        """A marked value, observed and replaced."""
+        mark = self.hooks.marks[self._path]
+        weight = self._contracted.get(mark.site)
+        if weight is None:
+            raise ValueError(
+                f"the value marked {eqn.params['name']!r} is made in another loop, branch or shard_map than it is "
+                "marked in: wanted checkpoint_name beside the product with the weight; move it there"
+            )
+        if mark.leaf in self.hooks.statistics:
+            self.absorb({mark.leaf: observe_mark(self.hooks.statistics[mark.leaf], mark, weight, value)})
+        return jaxprs.bind(eqn, [self.hooks.replace_marked(mark, weight, value)])
 
     def array(self, value: Value) -> Array:
         """The value as an array. A quantized weight is dequantized once in a scope, however often it is sliced."""

@@ -91,7 +91,11 @@ class Meeting:
         return jax.tree.map(self._once, seen, neutral)
 
     def _once(self, seen: Array, neutral: Array) -> Array:
-        """Of devices of a shard_map that see the same activation only the first one's, so that sums count it once."""
+        """Of devices of a shard_map that see the same activation only the first one's, so that sums count it once.
+
+        Which these are is known from the types of values only: not with `check_vma=False`, nor for an axis that splits
+        the weight's outputs, over which the activation is cast to vary. There each of them counts.
+        """
         varying = (*varying_axes(self.activation), *self.weight.split)
         repeated = [n for n in varying_axes(seen) if n not in varying]
         if not repeated:

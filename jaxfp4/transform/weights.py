@@ -45,6 +45,8 @@ class Weight:
     role: Role | None = None
     siblings: tuple[str, ...] = ()
     """Paths of all weights that read the same activation, this one included."""
+    first_use: int = -1
+    """Its place among all weights in the order in which the model first uses them; -1 if it does not."""
     obstacle: str = ""
     """Why it cannot be quantized with its activation; empty if it can."""
 
@@ -81,7 +83,12 @@ def _weight(leaf: int, path: str, value: Any, sites: list[Site], findings: Findi
     batched = [a for a in roles.output if (leaf, a) in findings.batched_outputs]
     experts = tuple(sorted({*roles.stacked, *batched} - set(layers)))
     weight = dataclasses.replace(
-        bare, contracted=roles.contracted, layer_axes=layers, expert_axes=experts, obstacle=obstacle
+        bare,
+        contracted=roles.contracted,
+        layer_axes=layers,
+        expert_axes=experts,
+        obstacle=obstacle,
+        first_use=sites[0].number,
     )
     role = _role(weight, sites, findings)
     if role is not Role.EXPERT:

@@ -108,7 +108,7 @@ def contraction_split(algorithm, dtype):
 
 @functools.cache
 def outputs_split(algorithm, dtype):
-    return on_a_mesh(algorithm, dtype, P("ep", None, "tp"))
+    return on_a_mesh(algorithm, dtype, P(None, None, "tp"))
 
 
 def moved(left, right) -> float:
@@ -144,7 +144,7 @@ def test_form_does_not_matter(algorithm, dtype, form):
 def test_keeps_the_sharding(algorithm):
     found = outputs_split(algorithm, "bfloat16")["w"].weight
     for part in (found.packed, found.scales):
-        assert part.sharding.spec == P("ep", None, "tp")
+        assert part.sharding.spec == P(None, None, "tp")
 
 
 @each_algorithm

@@ -65,7 +65,7 @@ def test_eager_functions(kind):
     amax = global_amax(w)
     assert collectives(_block_amax_sharded.lower(w, BLOCKS, layout).compile()) == []
     assert collectives(_global_amax_sharded.lower(w, (), layout).compile()) == ["all-reduce"]
-    assert collectives(_fake_quantize_sharded.lower(w, amax, None, BLOCKS, 2688, RoundToNearest(), layout).compile()) == []
+    assert collectives(_fake_quantize_sharded.lower(w, amax, BLOCKS, layout).compile()) == []
     assert collectives(_quantize_sharded.lower(w, amax, None, BLOCKS, 2688, RoundToNearest(), layout).compile()) == []
 
 

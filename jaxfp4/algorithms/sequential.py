@@ -1,0 +1,264 @@
+"""Quantizing a model block by block, each calibrated on what the quantized blocks before it put out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxfp4.algorithms.calibration import Stats, calibrate, refuse_non_finite, tracked_progress
+from jaxfp4.algorithms.channels import fold_channel_scales
+from jaxfp4.algorithms.inputs import leaves_for, marks_for, tracked_weight
+from jaxfp4.algorithms.quantization import quantize_weights
+from jaxfp4.algorithms.simulation import quantize_activation
+from jaxfp4.recipes.plan import Plan, PlannedWeight
+from jaxfp4.recipes.recipe import Scheme
+from jaxfp4.tensors import QuantizedWeight
+from jaxfp4.tensors.mesh import replicated_beside
+from jaxfp4.transform.evaluate import evaluate
+from jaxfp4.transform.scope import Hooks
+from jaxfp4.transform.sites import Meeting, Tracked
+from jaxfp4.transform.trace import ApplyFn, Leaves, trace
+
+Index = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Weights that are calibrated together: by path, and which entry of their layer axes."""
+
+    paths: tuple[str, ...]
+    index: Index = ()
+
+
+def blocks_of(plan: Plan) -> tuple[Block, ...]:
+    """The plan's quantized weights in blocks of layers, in the order in which the model uses them.
+
+    Weights whose paths agree up to the first number are a layer, such as `layers/0`; others are one with their
+    siblings. Of layers stacked for a scan each is a block of all weights of the stack.
+    """
+    groups: dict[object, list[PlannedWeight]] = {}
+    for entry in sorted(plan.quantized, key=lambda e: e.weight.first_use):
+        first = min(plan.siblings(entry), key=lambda e: e.weight.first_use)
+        stacked = entry.weight.sizes(entry.weight.layer_axes)
+        key: object = stacked or _layer(first.path) or first.path
+        groups.setdefault(key, []).append(entry)
+    blocks: list[Block] = []
+    for entries in groups.values():
+        paths = tuple(entry.path for entry in entries)
+        weight = entries[0].weight
+        blocks += [Block(paths, index) for index in np.ndindex(weight.sizes(weight.layer_axes))]
+    return tuple(blocks)
+
+
+def _layer(path: str) -> tuple[str, ...]:
+    """A path up to its first number; nothing if it has none."""
+    parts = path.split("/")
+    place = next((i for i, part in enumerate(parts) if part.rsplit("_", 1)[-1].isdigit()), None)
+    return () if place is None else tuple(parts[: place + 1])
+
+
+def quantize_sequentially(
+    apply_fn: ApplyFn, params: Any, batches: Iterable[Any], plan: Plan, *, progress: bool = True
+) -> Any:
+    """As `quantize_params(params, plan, calibrate(apply_fn, params, batches, plan))`, block of layers by block.
+
+    Statistics of a block are taken with all blocks before it as they are once quantized, activations of W4A4 weights
+    included, so that a method that uses them makes good for what came before, as GPTQ (arXiv 2210.17323) does. Memory
+    holds the statistics of one block at a time (those of all layers, if they are stacked for a scan). The batches are
+    gone through once for each block: one jitted pass per block, compiled once for stacked layers, that computes the
+    model as far as the block. Channel scales are chosen and folded before, on the model as it is.
+
+    `batches` is kept as a list. Digests differ from those of `quantize_params` wherever statistics decide.
+
+    Raises what `calibrate` and `quantize_params` raise.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches is empty: wanted at least one batch of calibration data")
+    if plan.folds:
+        stats = calibrate(apply_fn, params, batches, plan, progress=progress)
+        params, plan = fold_channel_scales(params, plan, stats), _without_channels(plan)
+    leaves = leaves_for(plan, params)
+    values = {e.path: jnp.asarray(leaves.values[e.weight.leaf]) for e in plan.quantized}
+    state = _State(values, {}, {e.path: {} for e in plan.quantized})
+    observe = _observer(apply_fn, plan, leaves)
+    for block in tracked_progress(blocks_of(plan), "quantizing block by block", progress):
+        stats = _collected(plan, block, observe, state, batches)
+        part = _part(plan, block)
+        arrays = {e.path: state.values[e.path][_place(plan.by_path[e.path], block.index)] for e in part.quantized}
+        state = state.with_block(plan, block, quantize_weights(part, arrays, stats))
+    results = {e.weight.leaf: _stacked(e, state.done[e.path]) for e in plan.quantized}
+    return leaves.rebuilt([results.get(i, value) for i, value in enumerate(leaves.values)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """How far the quantization has come, by path."""
+
+    values: Mapping[str, Array]
+    """The weights as the model now computes with them: dequantized where they are done, rotated ones still rotated."""
+    scales: Mapping[str, Mapping[str, Array]]
+    """Over the layer axes, `done` as 1 or 0, and the `input_scale` of those that are done and have one."""
+    done: Mapping[str, Mapping[Index, QuantizedWeight]]
+    """By layer, the results."""
+
+    def with_block(self, plan: Plan, block: Block, found: Mapping[str, QuantizedWeight]) -> _State:
+        """The state after another block."""
+        values, scales, done = dict(self.values), dict(self.scales), dict(self.done)
+        for path, weight in found.items():
+            entry = plan.by_path[path]
+            sizes = entry.weight.sizes(entry.weight.layer_axes)
+            done[path] = {**done[path], block.index: weight}
+            place, part = _place(entry, block.index), weight.weight.dequantize()
+            values[path] = values[path].at[place].set(part) if block.index else part
+            new = {"done": jnp.float32(1)}
+            if weight.input_scale is not None:
+                new["input_scale"] = weight.input_scale
+            before = scales.get(path, {name: jnp.zeros(sizes) for name in new})
+            scales[path] = {name: before[name].at[block.index].set(number) for name, number in new.items()}
+        return _State(values, scales, done)
+
+
+def _place(entry: PlannedWeight, index: Index) -> tuple[Any, ...]:
+    """Where a layer is in the stack of its weight."""
+    places = dict(zip(entry.weight.layer_axes, index, strict=True))
+    return tuple(places.get(a, slice(None)) for a in range(len(entry.weight.shape)))
+
+
+Observe = Callable[..., Stats]
+
+
+def _observer(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observe:
+    """A jitted `(paths, other leaves, values, scales, stats, *args) -> stats` for the weights at `paths`."""
+    by_leaf = {e.weight.leaf: e for e in plan.quantized}
+    others = [None if i in by_leaf else value for i, value in enumerate(leaves.values)]
+
+    def replace_activation(meeting: Meeting) -> Array:
+        done = meeting.weight.scale("done")
+        if done is None:
+            return meeting.activation
+        activation, scale = meeting.rotated(meeting.activation), meeting.weight.scale("input_scale")
+        if by_leaf[meeting.leaf].scheme is Scheme.W4A4:
+            # A layer that is not done yet has scale 0, and its activation is not used.
+            scale = None if scale is None else jnp.where(done > 0, scale, 1.0)
+            activation = quantize_activation(activation, meeting.activation_dimensions, scale)
+        return jnp.where(done > 0, activation, meeting.activation)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def observe(
+        paths: tuple[str, ...],
+        others: list[Any],
+        values: Mapping[str, Array],
+        scales: Mapping[str, Mapping[str, Array]],
+        stats: Stats,
+        *args: Any,
+    ) -> Stats:
+        inputs: list[Any] = list(others)
+        for leaf, entry in by_leaf.items():
+            tracked = tracked_weight(entry, values[entry.path])
+            inputs[leaf] = dataclasses.replace(tracked, scales=scales.get(entry.path, {}))
+        plain = tuple(value.value if isinstance(value, Tracked) else value for value in inputs)
+        traced = trace(apply_fn, dataclasses.replace(leaves, values=plain), args)
+        hooks = Hooks(
+            replace_activation=replace_activation,
+            statistics={plan.by_path[path].weight.leaf: plan.statistics[path] for path in paths},
+            marks=marks_for(plan, leaves, traced.body),
+        )
+        _, seen = evaluate(traced.body, [*inputs, *jax.tree.leaves(args)], hooks)
+        found = {path: seen.get(plan.by_path[path].weight.leaf, stats[path]) for path in paths}
+        return {path: plan.statistics[path].merge(stats[path], found[path]) for path in paths}
+
+    def of_batch(paths: tuple[str, ...], state: _State, stats: Stats, batch: Any) -> Stats:
+        args = batch if isinstance(batch, tuple) else (batch,)
+        result: Stats = observe(paths, others, state.values, state.scales, stats, *args)
+        return result
+
+    return of_batch
+
+
+def _collected(plan: Plan, block: Block, observe: Observe, state: _State, batches: list[Any]) -> Stats:
+    """The statistics of a block's weights over all batches, of its own layer only."""
+    paths = tuple(path for path in block.paths if path in plan.statistics)
+    initial = plan.init_stats()
+    stats = replicated_beside({path: initial[path] for path in paths}, state.values)
+    for batch in batches if paths else ():
+        stats = observe(paths, state, stats, batch)
+    refuse_non_finite(stats)
+    return {path: _of_layer(plan.by_path[path], stats[path], block.index) for path in paths}
+
+
+def _of_layer(entry: PlannedWeight, states: Mapping[str, Any], index: Index) -> dict[str, Any]:
+    """A weight's statistics for one of its layers: stacks begin with the stack axes in their order."""
+    places = dict(zip(entry.weight.layer_axes, index, strict=True))
+    picked = tuple(places.get(a, slice(None)) for a in entry.weight.stack_axes)
+    return jax.tree.map(lambda state: state[picked], dict(states))
+
+
+def _part(plan: Plan, block: Block) -> Plan:
+    """The plan of a block alone: its weights without their layer axes, and no others quantized."""
+    entries = [
+        _without_layers(entry) if entry.path in block.paths else dataclasses.replace(entry, scheme=Scheme.NONE)
+        for entry in plan.entries
+    ]
+    return dataclasses.replace(plan, entries=tuple(entries))
+
+
+def _without_layers(entry: PlannedWeight) -> PlannedWeight:
+    """The entry of one layer of a stacked weight."""
+    weight = entry.weight
+    kept = [a for a in range(len(weight.shape)) if a not in weight.layer_axes]
+    single = dataclasses.replace(
+        weight,
+        shape=tuple(weight.shape[a] for a in kept),
+        contracted=tuple(kept.index(a) for a in weight.contracted),
+        expert_axes=tuple(kept.index(a) for a in weight.expert_axes),
+        layer_axes=(),
+    )
+    return dataclasses.replace(entry, weight=single)
+
+
+def _stacked(entry: PlannedWeight, layers: Mapping[Index, QuantizedWeight]) -> QuantizedWeight:
+    """The layers' results as one weight with its layer axes."""
+    weight = entry.weight
+    if not weight.layer_axes:
+        return layers[()]
+    sizes = weight.sizes(weight.layer_axes)
+    results = [layers[index] for index in sorted(layers)]
+
+    rank = len(weight.shape)
+    # Merged contraction axes are one in packed codes and scales.
+    lost = weight.contracted[:-1] if results[0].weight.blocking.merged else ()
+    places = [a - sum(merged < a for merged in lost) for a in weight.layer_axes]
+
+    def in_front(*parts: Array) -> Array:
+        return jnp.stack(parts).reshape(*sizes, *parts[0].shape)
+
+    def in_place(*parts: Array) -> Array:
+        return jnp.moveaxis(in_front(*parts), range(len(sizes)), places)
+
+    tensors = [result.weight for result in results]
+    scales = [t.global_scale.reshape(t.global_scale.shape or (1,) * (rank - len(sizes))) for t in tensors]
+    tensor = dataclasses.replace(
+        tensors[0],
+        packed=in_place(*(t.packed for t in tensors)),
+        scales=in_place(*(t.scales for t in tensors)),
+        global_scale=jnp.moveaxis(in_front(*scales), range(len(sizes)), weight.layer_axes),
+        axes=tuple(a - rank for a in weight.contracted),
+    )
+    # Beside the tensor there are numbers, one for each layer.
+    bare = [dataclasses.replace(result, weight=None) for result in results]  # type: ignore[arg-type]
+    numbers: QuantizedWeight = jax.tree.map(in_front, *bare)
+    return dataclasses.replace(numbers, weight=tensor)
+
+
+def _without_channels(plan: Plan) -> Plan:
+    """The plan of parameters whose channels are scaled already."""
+    entries = [dataclasses.replace(e, method=dataclasses.replace(e.method, channels=None)) for e in plan.entries]
+    return dataclasses.replace(plan, entries=tuple(entries), folding=None, folding_digest="")

@@ -1,0 +1,190 @@
+"""Quantizing block by block: each block sees what the quantized ones before it put out."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+import jaxfp4
+from jaxfp4.algorithms import calibrate, digest, quantize_params, quantize_sequentially, quantized, weights
+from jaxfp4.algorithms.sequential import blocks_of
+from jaxfp4.formats import LeafError
+from jaxfp4.recipes import plan
+
+from . import models
+
+D = 64
+RNG = np.random.default_rng(0)
+X = [jnp.asarray(RNG.normal(size=(24, D)) * np.exp(RNG.normal(size=D)), jnp.float32) for _ in range(3)]
+MLP = {n: jnp.asarray(RNG.normal(size=(D, D)) / 8, jnp.float32) for n in ("w_0", "w_1", "w_2")}
+
+
+def mlp(p, x):
+    for name in ("w_0", "w_1", "w_2"):
+        x = jax.nn.relu(x @ p[name])
+    return x
+
+
+def stacked_mlp(p, x):
+    return jax.lax.scan(lambda c, w: (jax.nn.relu(c @ w), None), x, p["w"])[0]
+
+
+STACKED = {"w": jnp.stack(list(MLP.values()))}
+
+
+def run(apply, params, recipe, batches=X):
+    result = plan(apply, params, batches[0], recipe=recipe)
+    return result, quantize_sequentially(apply, params, batches, result, progress=False)
+
+
+def by_hand(recipe) -> dict:
+    """The statistics of a layer taken with the layers before it quantized, in a loop over layers."""
+    single = plan(lambda p, x: x @ p["w"], {"w": MLP["w_0"]}, X[0], recipe=recipe)
+    inputs, result = X, {}
+    for name, w in MLP.items():
+        stats = calibrate(lambda p, x: x @ p["w"], {"w": w}, inputs, single, progress=False)
+        layer = quantize_params({"w": w}, single, stats)
+        inputs = [jax.nn.relu(quantized(lambda p, x: x @ p["w"], single)(layer, x)) for x in inputs]
+        result[name] = layer["w"]
+    return result
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_weight_only_weighted_mse", "nvfp4_weighted_mse"])
+@pytest.mark.parametrize("form", ["apart", "stacked"])
+def test_each_block_sees_the_quantized_ones(recipe, form):
+    expected = by_hand(recipe)
+    _, found = run(mlp, MLP, recipe) if form == "apart" else run(stacked_mlp, STACKED, recipe)
+    for i, (name, wanted) in enumerate(expected.items()):
+        got = found[name] if form == "apart" else jax.tree.map(lambda leaf, i=i: leaf[i], found["w"])
+        assert np.mean(np.asarray(got.weight.packed) != np.asarray(wanted.weight.packed)) < 0.005
+        np.testing.assert_allclose(got.weight.dequantize(), wanted.weight.dequantize(), atol=0.2)
+        if wanted.input_scale is not None:
+            np.testing.assert_allclose(got.input_scale, wanted.input_scale, rtol=1e-5)
+
+
+def test_it_is_not_what_one_calibration_gives():
+    """The input scales of later layers follow the quantized outputs of earlier ones."""
+    result, found = run(mlp, MLP, "nvfp4")
+    at_once = quantize_params(MLP, result, calibrate(mlp, MLP, X, result, progress=False))
+    assert found["w_0"].input_scale == at_once["w_0"].input_scale
+    assert found["w_2"].input_scale != at_once["w_2"].input_scale
+    assert digest(found) == digest(at_once)
+
+
+def test_gptq_makes_good_for_earlier_layers():
+    """The outputs of the whole are nearer to the model's than after one calibration."""
+    result, found = run(mlp, MLP, "nvfp4_gptq")
+    at_once = quantize_params(MLP, result, calibrate(mlp, MLP, X, result, progress=False))
+    nearest, _ = run(mlp, MLP, "nvfp4")
+    plain = quantize_params(MLP, nearest, calibrate(mlp, MLP, X, nearest, progress=False))
+    errors = [
+        sum(float(jnp.square(quantized(mlp, result)(q, x) - mlp(MLP, x)).sum()) for x in X)
+        for q in (found, at_once, plain)
+    ]
+    assert errors[0] < 0.9 * errors[2] and errors[1] < 0.9 * errors[2]
+
+
+@functools.cache
+def language_model(form: str):
+    params = models.draw()
+    if form == "unrolled":
+        return models.unrolled, models.apart(params)
+    return models.scanned, params
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_gptq"])
+def test_layers_stacked_and_apart(recipe):
+    """The same model with its layers in a scan and in a list, experts and attention included."""
+    found = {}
+    for form in ("scanned", "unrolled"):
+        apply, params = language_model(form)
+        found[form] = run(apply, params, recipe, models.batches(2))[1]
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found["unrolled"]["layers"])
+    for name in models.QUANTIZED:
+        left, right = together[name], found["scanned"]["layers"][name]
+        assert left.weight.packed.shape == right.weight.packed.shape
+        assert np.mean(np.asarray(left.weight.packed) != np.asarray(right.weight.packed)) < 0.02
+        np.testing.assert_allclose(left.input_scale, right.input_scale, rtol=2e-2)
+        np.testing.assert_array_equal(left.weight.global_scale.ravel(), right.weight.global_scale.ravel())
+
+
+def test_blocks_are_layers_in_the_order_of_use():
+    apply, params = language_model("unrolled")
+    blocks = blocks_of(plan(apply, params, models.batches(1)[0]))
+    assert [b.index for b in blocks] == [()] * models.L
+    assert [set(b.paths) for b in blocks] == [{f"layers/{i}/{n}" for n in models.QUANTIZED} for i in range(models.L)]
+    apply, params = language_model("scanned")
+    blocks = blocks_of(plan(apply, params, models.batches(1)[0]))
+    assert [b.index for b in blocks] == [(i,) for i in range(models.L)]
+
+
+def test_weights_without_numbers_are_blocks_with_their_siblings():
+    params = dict.fromkeys(("z_first", "gate", "up", "a_last"), MLP["w_0"])
+
+    def apply(p, x):
+        x = x @ p["z_first"]
+        return (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["a_last"]
+
+    blocks = blocks_of(plan(apply, params, X[0]))
+    assert [b.paths for b in blocks] == [("z_first",), ("gate", "up"), ("a_last",)]
+
+
+def test_compiles_once_for_stacked_layers(caplog):
+    with jax.log_compiles():
+        run(stacked_mlp, STACKED, "nvfp4_weighted_mse")
+    compiled = [m for m in caplog.messages if "Compiling jit(observe)" in m]
+    assert len(compiled) <= 2  # before the first layer is done there are no input scales
+
+
+def test_channel_scales_are_folded_before():
+    params = {"scale": jnp.asarray(RNG.uniform(0.5, 2, D), jnp.float32), "w": MLP["w_0"]}
+
+    def apply(p, x):
+        return (x * p["scale"]) @ p["w"]
+
+    result, found = run(apply, params, "nvfp4_smoothquant_gptq")
+    assert result.folds
+    expected = quantize_params(params, result, calibrate(apply, params, X, result, progress=False))
+    np.testing.assert_allclose(found["scale"], expected["scale"], rtol=1e-5)
+    np.testing.assert_allclose(
+        found["w"].weight.dequantize(), expected["w"].weight.dequantize(), atol=0.2 * float(jnp.abs(params["w"]).max())
+    )
+
+
+def test_rotated_weights():
+    expected = by_hand("nvfp4_hadamard")
+    _, found = run(mlp, MLP, "nvfp4_hadamard")
+    for name, wanted in expected.items():
+        np.testing.assert_allclose(found[name].input_scale, wanted.input_scale, rtol=1e-5)
+        assert found[name].rotation == 16
+
+
+def test_on_a_mesh():
+    mesh = jax.make_mesh((2, 4), ("tp", "ep"), axis_types=(AxisType.Auto,) * 2)
+    apply, params = language_model("scanned")
+    specs = {n: jax.P(None, *models.SPECS[n]) for n in models.SHAPES}
+    placed = dict(
+        params, layers={n: jax.device_put(w, NamedSharding(mesh, specs[n])) for n, w in params["layers"].items()}
+    )
+    alone, spread = (run(apply, p, "nvfp4_mse", models.batches(2))[1] for p in (params, placed))
+    assert digest(spread) == digest(alone)
+    for path, weight in weights(spread).items():
+        np.testing.assert_allclose(weight.input_scale, weights(alone)[path].input_scale, rtol=1e-2)
+
+
+def test_refuses_no_batches_and_bad_ones():
+    result = plan(mlp, MLP, X[0])
+    with pytest.raises(ValueError, match="batches is empty: wanted at least one batch of calibration data"):
+        quantize_sequentially(mlp, MLP, [], result, progress=False)
+    with pytest.raises(LeafError, match=r"^w_0: its activations hold NaN or Inf"):
+        quantize_sequentially(mlp, MLP, [X[0] * jnp.nan], result, progress=False)
+
+
+def test_plans_without_statistics_need_no_pass():
+    result, found = run(mlp, MLP, "nvfp4_weight_only_mse")
+    assert digest(found) == digest(quantize_params(MLP, result))
+    assert dataclasses.is_dataclass(found["w_0"]) and jaxfp4.digest(found)
