@@ -47,8 +47,8 @@ def reduced(moments: Array, collected: MomentForm, form: MomentForm) -> Array:
 
 def _own_column(blocks: Array) -> Array:
     """Of `[.., channels, 16]` each channel's product with itself."""
-    own = jnp.arange(blocks.shape[-2]) % BLOCK_SIZE
-    return jnp.take_along_axis(blocks, own[:, None], -1)[..., 0]
+    channels = jnp.arange(blocks.shape[-2])
+    return blocks[..., channels, channels % BLOCK_SIZE]
 
 
 def beside(entry: PlannedWeight, moments: Array, form: MomentForm) -> Array:

@@ -152,6 +152,11 @@ def _refuse_unservable(path: str, leaf: QuantizedWeight) -> None:
         raise LeafError(
             f"{path}: has a pre_scale, which serving engines refuse: wanted None; fold it into the layer in front first"
         )
+    if leaf.rotation:
+        raise LeafError(
+            f"{path}: is rotated in groups of {leaf.rotation}, but no serving engine rotates the activation: wanted a "
+            "weight without rotation; choose a recipe without hadamard"
+        )
     for part in jax.tree.leaves(leaf):
         _whole_array(path, part)
 

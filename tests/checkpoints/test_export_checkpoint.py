@@ -285,6 +285,9 @@ def test_weights_that_no_engine_serves_are_refused(tmp_path):
     scaled = dataclasses.replace(quantized(16, 8), pre_scale=jnp.ones(16))
     message = "a/w: has a pre_scale, which serving engines refuse: wanted None; fold it into the layer in front first"
     refused(tmp_path, LeafError, message, tree={"a": {"w": scaled}})
+    rotated = dataclasses.replace(quantized(16, 8), rotation=16)
+    message = "a/w: is rotated in groups of 16, but no serving engine rotates the activation: wanted a weight without"
+    refused(tmp_path, LeafError, message, tree={"a": {"w": rotated}})
 
 
 def test_two_leaves_for_one_tensor_are_refused(tmp_path):
