@@ -66,6 +66,9 @@ def presets() -> Mapping[str, Recipe]:
         recipes.append(Recipe(f"nvfp4_weight_only_{name}", (Rule(Scheme.W4A16, method=method),)))
     for name, method in ACTIVATIONS.items():
         recipes.append(Recipe(f"nvfp4_{name}", (Rule(Scheme.W4A4, method=method),)))
+    for suffix, method in {"": Method(), "_gptq": METHODS["gptq"]}.items():
+        attention = Rule(Scheme.W4A16, roles=frozenset({Role.ATTENTION}), method=method)
+        recipes.append(Recipe(f"nvfp4_mixed{suffix}", (attention, Rule(Scheme.W4A4, roles=_MLP, method=method))))
     for cache in CacheFormat:
         recipes.append(Recipe(f"nvfp4_kv_{cache.value.lower()}", (Rule(Scheme.W4A4),), kv_cache=KvCache(cache)))
     return {recipe.name: recipe for recipe in recipes}

@@ -104,13 +104,12 @@ def test_digest_is_equal_with_scales_of_experts(name):
     assert EXPECTED["expert"] != EXPECTED["stack"]
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4_mse", "nvfp4_four_over_six", "nvfp4_weighted_mse"])
-def test_digest_of_searched_scales_is_equal(recipe):
-    """With equal statistics; those of activations are sums, which no layout but their own fixes."""
-    result = plan(apply, PARAMS, X, recipe=recipe)
+def test_digest_of_searched_scales_is_equal():
+    """With equal statistics, of which the search takes channel sums as weights. Other searches: the contract test."""
+    result = plan(apply, PARAMS, X, recipe="nvfp4_weighted_mse")
     stats = jax.tree.map(lambda s: 1 + (jnp.arange(s.size) * 37 % 101).reshape(s.shape) / 7, result.init_stats())
     expected = digest(quantize_params(PARAMS, result, stats))
-    for name in ("tp=4, ep=2", "blocks cut", "both axes on one dimension", "layers split"):
+    for name in ("blocks cut", "both axes on one dimension"):
         assert digest(quantize_params(placed(name), result, stats)) == expected, name
 
 
@@ -164,12 +163,13 @@ def test_input_scales_over_layouts(tp, ep, record_property):
     assert moved < 1e-4
 
 
-@pytest.mark.parametrize("recipe, most", [("nvfp4_weighted_mse", 0.002), ("nvfp4_gptq", 0.03)])
-def test_codes_of_sums_over_layouts(recipe, most):
-    """How far codes move if a model is calibrated on another mesh: its sums over tokens are in another order there.
+def test_codes_of_sums_over_layouts():
+    """How far GPTQ's codes move if a model is calibrated on another mesh: sums over tokens are in another order there.
 
-    The bounds are about three times what was measured.
+    None did when this was written; the bound leaves room for a near tie.
     """
+    gptq = jaxfp4.recipes.get("nvfp4_gptq").rules[0].method
+    recipe = jaxfp4.Recipe("experts", (jaxfp4.Rule(jaxfp4.Scheme.W4A16, include=("*/down", "*/o"), method=gptq),))
     found = []
     for tp, ep in ((1, 1), (2, 4)):
         params, tokens = language_model(tp, ep), models.batches(2)
@@ -179,5 +179,5 @@ def test_codes_of_sums_over_layouts(recipe, most):
         found.append([np.asarray(w.weight.packed) for w in jaxfp4.weights(qparams).values()])
     codes = [np.concatenate([np.stack([p & 15, p >> 4]).ravel() for p in packed]) for packed in found]
     moved = float(np.mean(codes[0] != codes[1]))
-    print(f"{recipe}: {moved:.1e} of the codes moved")
-    assert moved <= most
+    print(f"{moved:.1e} of the codes moved")
+    assert moved <= 1e-3

@@ -110,10 +110,10 @@ def test_moments_of_all_forms():
         np.testing.assert_array_equal(reduced(collected, form, MomentForm.DIAGONAL), np.diag(products))
 
 
-@pytest.mark.parametrize("recipe", [*USING_MOMENTS, "nvfp4_mse", "nvfp4_hadamard"])
+@pytest.mark.parametrize("recipe", ["nvfp4_local_hessian", "nvfp4_gptq", "nvfp4_hadamard"])
 def test_ragged_contractions_and_several_axes(recipe):
     """A contraction of two axes, and for all but rotations one that is no multiple of 16: finite, near the weight."""
-    shapes = [(4, 12, F)] if recipe == "nvfp4_hadamard" else [(4, 12, F), (4, 16, F), (3, 7, F)]
+    shapes = [(4, 12, F)] if recipe == "nvfp4_hadamard" else [(4, 12, F), (3, 7, F)]
     for shape in shapes:
         params = {"w": jnp.asarray(RNG.normal(size=shape), jnp.float32)}
         x = jnp.asarray(RNG.normal(size=(T, *shape[:2])), jnp.float32)

@@ -53,8 +53,9 @@ def by_hand(recipe) -> dict:
     return result
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_weight_only_weighted_mse", "nvfp4_weighted_mse"])
-@pytest.mark.parametrize("form", ["apart", "stacked"])
+@pytest.mark.parametrize(
+    "recipe, form", [("nvfp4", "apart"), ("nvfp4_weighted_mse", "apart"), ("nvfp4_weighted_mse", "stacked")]
+)
 def test_each_block_sees_the_quantized_ones(recipe, form):
     expected = by_hand(recipe)
     _, found = run(mlp, MLP, recipe) if form == "apart" else run(stacked_mlp, STACKED, recipe)
@@ -77,7 +78,7 @@ def test_it_is_not_what_one_calibration_gives():
 
 def test_gptq_makes_good_for_earlier_layers():
     """The outputs of the whole are nearer to the model's than after one calibration."""
-    result, found = run(mlp, MLP, "nvfp4_gptq")
+    result, found = run(mlp, MLP, "nvfp4_gptq_max")
     at_once = quantize_params(MLP, result, calibrate(mlp, MLP, X, result, progress=False))
     nearest, _ = run(mlp, MLP, "nvfp4")
     plain = quantize_params(MLP, nearest, calibrate(mlp, MLP, X, nearest, progress=False))
@@ -96,13 +97,17 @@ def language_model(form: str):
     return models.scanned, params
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_gptq"])
-def test_layers_stacked_and_apart(recipe):
-    """The same model with its layers in a scan and in a list, experts and attention included."""
+def test_layers_stacked_and_apart():
+    """The same model with its layers in a scan and in a list, attention and experts included."""
+    gptq = jaxfp4.recipes.get("nvfp4_gptq").rules[0].method
+    rules = (
+        jaxfp4.Rule(jaxfp4.Scheme.W4A4, include=("*/o", "*/down"), method=gptq),
+        jaxfp4.Rule(jaxfp4.Scheme.W4A4),
+    )
     found = {}
     for form in ("scanned", "unrolled"):
         apply, params = language_model(form)
-        found[form] = run(apply, params, recipe, models.batches(2))[1]
+        found[form] = run(apply, params, jaxfp4.Recipe("some gptq", rules), models.batches(2))[1]
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found["unrolled"]["layers"])
     for name in models.QUANTIZED:
         left, right = together[name], found["scanned"]["layers"][name]
@@ -170,7 +175,7 @@ def test_on_a_mesh():
     placed = dict(
         params, layers={n: jax.device_put(w, NamedSharding(mesh, specs[n])) for n, w in params["layers"].items()}
     )
-    alone, spread = (run(apply, p, "nvfp4_mse", models.batches(2))[1] for p in (params, placed))
+    alone, spread = (run(apply, p, "nvfp4", models.batches(2))[1] for p in (params, placed))
     assert digest(spread) == digest(alone)
     for path, weight in weights(spread).items():
         np.testing.assert_allclose(weight.input_scale, weights(alone)[path].input_scale, rtol=1e-2)
