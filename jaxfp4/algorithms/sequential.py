@@ -70,10 +70,11 @@ def quantize_sequentially(
     """As `quantize_params(params, plan, calibrate(apply_fn, params, batches, plan))`, block of layers by block.
 
     Statistics of a block are taken with all blocks before it as they are once quantized, activations of W4A4 weights
-    included, so that a method that uses them makes good for what came before, as GPTQ (arXiv 2210.17323) does. Memory
-    holds the statistics of one block at a time (those of all layers, if they are stacked for a scan). The batches are
-    gone through once for each block: one jitted pass per block, compiled once for stacked layers, that computes the
-    model as far as the block. Channel scales are chosen and folded before, on the model as it is.
+    included, as GPTQ (arXiv 2210.17323) takes them: they are of the activations that the weights will meet. What
+    earlier blocks did wrong is not made good. Memory holds the statistics of one block at a time (those of all layers,
+    if they are stacked for a scan). The batches are gone through once for each block: one jitted pass per block,
+    compiled once for stacked layers, that computes the model as far as the block. Channel scales are chosen and folded
+    before, on the model as it is; a key-value cache is calibrated but not simulated.
 
     `batches` is kept as a list. Digests differ from those of `quantize_params` wherever statistics decide.
 

@@ -76,8 +76,8 @@ def test_it_is_not_what_one_calibration_gives():
     assert digest(found) == digest(at_once)
 
 
-def test_gptq_makes_good_for_earlier_layers():
-    """The outputs of the whole are nearer to the model's than after one calibration."""
+def test_gptq_is_better_than_nearest():
+    """The outputs of the whole are nearer to the model's, calibrated at once or block by block."""
     result, found = run(mlp, MLP, "nvfp4_gptq_max")
     at_once = quantize_params(MLP, result, calibrate(mlp, MLP, X, result, progress=False))
     nearest, _ = run(mlp, MLP, "nvfp4")
