@@ -21,10 +21,28 @@ def test_the_example_runs_and_prints_the_table(tmp_path, monkeypatch, capsys):
 
 
 def test_the_recipes_are_all_listed():
-    assert all(f"`{name}`" in README for name in jaxfp4.recipes.names())
+    """Each by its name, or by what follows `nvfp4_` or `nvfp4_weight_only_`, as the row says that names are formed."""
+    row = next(line for line in README.splitlines() if line.startswith("| recipes |"))
+    assert "`nvfp4_...`" in row and "`nvfp4_weight_only_...`" in row
+    endings = [name.removeprefix("nvfp4_").removeprefix("weight_only_") for name in jaxfp4.recipes.names()]
+    listed = set(re.findall(r"`(\w+)`", row))
+    missing = [n for n, e in zip(jaxfp4.recipes.names(), endings, strict=True) if n not in listed and e not in listed]
+    assert not missing
+    known = {*jaxfp4.recipes.names(), *endings, "Recipe", "Rule"}
+    assert listed <= known, f"no such recipes: {sorted(listed - known)}"
 
 
 def test_public_functions_of_the_contract_are_listed():
-    for name in ("quantize", "fake_quantize", "block_amax", "global_amax", "plan", "calibrate", "make_calibrate_fn"):
+    for name in (
+        "quantize",
+        "fake_quantize",
+        "block_amax",
+        "global_amax",
+        "plan",
+        "calibrate",
+        "make_calibrate_fn",
+        "fold_channel_scales",
+        "quantize_sequentially",
+    ):
         assert f"`{name}`" in README
         assert callable(getattr(jaxfp4, name))

@@ -45,10 +45,12 @@ class OutputQuality:
     """Mean of `-log2 q(token)`: bits per token, and per byte if the tokens are bytes."""
     reference_bits: float
     """The same in full precision."""
-    standard_error: float
+    loss_standard_error: float
     """Of `loss`: `std / sqrt(n)` of its means over n batches, which count alike. NaN for a single batch."""
     mean_kl: float
     """Mean of `KL(p || q) = sum(p * log(p / q))` in nats per token, p in full precision, q quantized; at least 0."""
+    kl_standard_error: float
+    """Of `mean_kl`, over batches as that of `loss`."""
     median_kl: float
     percentile_99_kl: float
     """The least KL that 99 % of the tokens do not exceed."""
@@ -92,8 +94,9 @@ def output_quality(quantized_fn: Logits, qparams: Any, reference: Reference) -> 
         tokens=bits.size,
         bits=_mean(bits),
         reference_bits=_mean(reference_bits),
-        standard_error=_standard_error([_mean(part[0]) - _mean(part[1]) for part in found]),
+        loss_standard_error=_standard_error([_mean(part[0]) - _mean(part[1]) for part in found]),
         mean_kl=_mean(kl),
+        kl_standard_error=_standard_error([_mean(part[2]) for part in found]),
         median_kl=median,
         percentile_99_kl=percentile_99,
         same_top=_mean(same),

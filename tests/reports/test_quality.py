@@ -48,15 +48,28 @@ def test_all_figures_against_numpy():
         "tokens": 3 * ROWS * (TIME - 1),
         "bits": bits.mean(),
         "reference_bits": reference_bits.mean(),
-        "standard_error": losses.std(ddof=1) / np.sqrt(3),
+        "loss_standard_error": losses.std(ddof=1) / np.sqrt(3),
         "mean_kl": kl.mean(),
+        "kl_standard_error": 0,  # all batches have the same logits
         "median_kl": np.sort(kl)[kl.size // 2 - 1],
         "percentile_99_kl": kl.max(),
         "same_top": (full.argmax(-1) == other.argmax(-1))[:, :-1].mean(),
     }
-    assert 0 < expected["same_top"] < 1 and expected["standard_error"] > 0
-    assert dataclasses.asdict(found) == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected["same_top"] < 1 and expected["loss_standard_error"] > 0
+    assert dataclasses.asdict(found) == pytest.approx(expected, rel=1e-5, abs=1e-12)
     assert found.loss == pytest.approx(losses.mean(), rel=1e-5)
+
+
+def test_the_standard_error_of_the_kl_is_over_batches():
+    def give_by_token(params, tokens):
+        return params * tokens[..., None]
+
+    slope = jnp.arange(2.0)
+    batches = [np.full((2, 3), i, np.int32) for i in (0, 1, 1)]
+    found = output_quality(give_by_token, slope, reference_logits(give_by_token, 0 * slope, batches))
+    one = -np.log(2) - log_softmax(np.arange(2.0)).mean()
+    assert found.mean_kl == pytest.approx(2 / 3 * one, rel=1e-5)
+    assert found.kl_standard_error == pytest.approx(one / 3, rel=1e-5)  # std of (0, 1, 1) / sqrt(3)
 
 
 def test_percentile_leaves_one_token_in_a_hundred_above():
@@ -80,7 +93,7 @@ def test_equal_models_have_no_divergence(dtype):
     logits = jnp.asarray(random_logits(0), dtype)
     found = output_quality(give, logits, reference_logits(give, logits, batches_of_tokens()))
     assert (found.mean_kl, found.median_kl, found.percentile_99_kl, found.same_top) == (0, 0, 0, 1)
-    assert found.loss == found.standard_error == 0
+    assert found.loss == found.loss_standard_error == 0
 
 
 def test_a_sharper_model_has_the_same_top_tokens_and_another_kl():
@@ -112,13 +125,13 @@ def test_excluded_tokens():
     assert found.mean_kl == found.percentile_99_kl == np.inf and found.bits < 3
     batches = [np.full((ROWS, TIME), 6, np.int32)] * 2
     found = output_quality(give, jnp.asarray(broken), reference_logits(give, jnp.asarray(sound), batches))
-    assert found.bits == np.inf and np.isnan(found.standard_error)
+    assert found.bits == np.inf and np.isnan(found.loss_standard_error)
 
 
 def test_one_batch_has_no_standard_error():
     logits = jnp.asarray(random_logits(0))
     found = output_quality(doubled, logits, reference_logits(give, logits, batches_of_tokens(1)))
-    assert np.isnan(found.standard_error) and np.isfinite(found.loss)
+    assert np.isnan(found.loss_standard_error) and np.isfinite(found.loss)
 
 
 @pytest.mark.parametrize(
