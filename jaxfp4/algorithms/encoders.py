@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from jax import Array
 
 from jaxfp4.algorithms.four_over_six import four_over_six_scales
+from jaxfp4.algorithms.gptq_encoder import GptqEncoder
 from jaxfp4.algorithms.local_hessian import local_hessian_scales
 from jaxfp4.algorithms.mse import mse_scales
 from jaxfp4.recipes.methods import FourOverSix, Gptq, LocalHessian, Max, Method, Mse, WeightedMse
@@ -16,9 +17,9 @@ from jaxfp4.tensors.quantize import ChooseScales, Encoder, RoundToNearest, max_s
 def encoder_for(method: Method) -> Encoder:
     """The encoder that does what a method's scales and rounding say."""
     if isinstance(method.rounding, Gptq):
-        from jaxfp4.algorithms.gptq_encoder import GptqEncoder
-
-        return GptqEncoder(method.scales, method.rounding)
+        # GPTQ gives its scales the importance of the channels itself, not the moments.
+        weighted = isinstance(method.scales, WeightedMse)
+        return GptqEncoder(mse_scales if weighted else _CHOICES[type(method.scales)], method.rounding)
     return RoundToNearest(_CHOICES[type(method.scales)])
 
 

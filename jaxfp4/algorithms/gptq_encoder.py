@@ -10,23 +10,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxfp4.algorithms.four_over_six import four_over_six_scales
 from jaxfp4.algorithms.gptq import ChooseScales, gptq
-from jaxfp4.algorithms.mse import mse_scales
-from jaxfp4.recipes.methods import FourOverSix, Gptq, Max, Mse, Scales, WeightedMse
+from jaxfp4.recipes.methods import Gptq
 from jaxfp4.tensors.blocks import Blocking
-from jaxfp4.tensors.quantize import Encoded, max_scales
+from jaxfp4.tensors.quantize import Encoded
 
 
 @dataclasses.dataclass(frozen=True)
 class GptqEncoder:
-    """GPTQ with block scales as `scales` says, for each weight of a stack by itself.
+    """GPTQ with block scales as `choose_scales` says, for each weight of a stack by itself.
 
     `moments` are all second moments, `[K, ...]`. The contraction must be whole on each device; what a device has of the
     outputs and of the stack does not matter.
     """
 
-    scales: Scales
+    choose_scales: ChooseScales
     rounding: Gptq
     whole_contraction: bool = True
 
@@ -46,8 +44,8 @@ class GptqEncoder:
         return Encoded(*(_in_blocks(part, w, stack, outputs, blocking) for part in result))
 
     def _one(self, w: Array, hessian: Array, global_scale: Array) -> Encoded:
-        choose = _CHOICES[type(self.scales)]
-        return gptq(w, hessian, global_scale, choose, damping=self.rounding.damping, order=self.rounding.order)
+        rounding = self.rounding
+        return gptq(w, hessian, global_scale, self.choose_scales, damping=rounding.damping, order=rounding.order)
 
 
 def _count(w: Array, axes: Sequence[int]) -> int:
@@ -70,23 +68,3 @@ def _in_blocks(part: Array, w: Array, stack: Sequence[int], outputs: Sequence[in
 def _others(blocking: Blocking) -> int:
     """Blocks lie along one axis; how many there are of them along the other contraction axes."""
     return 1 if blocking.merged else math.prod(blocking.shape[a] for a in blocking.axes[:-1])
-
-
-def _max(blocks: Array, global_scale: Array, axis: int, importance: Array | None) -> Array:
-    return max_scales(blocks, global_scale, axis)
-
-
-def _mse(blocks: Array, global_scale: Array, axis: int, importance: Array | None) -> Array:
-    return mse_scales(blocks, global_scale, axis)
-
-
-def _four_over_six(blocks: Array, global_scale: Array, axis: int, importance: Array | None) -> Array:
-    return four_over_six_scales(blocks, global_scale, axis)
-
-
-_CHOICES: dict[type, ChooseScales] = {
-    Max: _max,
-    Mse: _mse,
-    FourOverSix: _four_over_six,
-    WeightedMse: mse_scales,
-}
