@@ -21,6 +21,13 @@ FORMATS = (MODELOPT, COMPRESSED_TENSORS)
 _QUANTIZATION = "quantization_config"
 _PACK_FORMAT = "nvfp4-pack-quantized"
 _FP8_KV_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
+_COMPRESSED_KV_SCHEME = {
+    "num_bits": 8,
+    "type": "float",
+    "strategy": "tensor",
+    "symmetric": True,
+    "dynamic": False,
+}
 _KV_SCHEMES: Mapping[CacheFormat, object] = {CacheFormat.FP8: _FP8_KV_SCHEME, CacheFormat.NVFP4: "NVFP4"}
 
 
@@ -96,6 +103,24 @@ def quant_method(config: Mapping[str, Any]) -> str | None:
     return method if isinstance(method, str) else None
 
 
+def cache_format(config: Mapping[str, Any]) -> CacheFormat | None:
+    """How the checkpoint of this config.json has keys and values stored; None if they are not quantized."""
+    quantization = config.get(_QUANTIZATION)
+    scheme = quantization.get("kv_cache_scheme") if isinstance(quantization, dict) else None
+    if isinstance(scheme, dict) and scheme.get("num_bits") == 8 and scheme.get("type") == "float":
+        return CacheFormat.FP8
+    return CacheFormat.NVFP4 if scheme == "NVFP4" else None
+
+
+def cache_module(file_format: str, module: str) -> str:
+    """The module whose `k_scale` and `v_scale` are for the keys and values that `module` makes.
+
+    >>> cache_module("modelopt", "layers.0.self_attn.k_proj"), cache_module("compressed-tensors", "self_attn.k_proj")
+    ('layers.0.self_attn.k_proj', 'self_attn')
+    """
+    return module.rpartition(".")[0] if file_format == COMPRESSED_TENSORS else module
+
+
 def _producer() -> dict[str, str]:
     return {"name": "jaxfp4", "version": importlib.metadata.version("jaxfp4")}
 
@@ -148,7 +173,7 @@ def _compressed_tensors(modules: Modules) -> dict[str, Any]:
         "config_groups": _with_targets(groups, modules),
         "format": _PACK_FORMAT,
         "ignore": modules.excluded,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if modules.cache is None else dict(_COMPRESSED_KV_SCHEME),
         "quant_method": COMPRESSED_TENSORS,
         "quantization_status": "compressed",
     }

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,9 +12,18 @@ import ml_dtypes
 import numpy as np
 
 from jaxfp4.checkpoints import writer
-from jaxfp4.checkpoints.configs import COMPRESSED_TENSORS, FORMATS, Modules, config_files, refuse_unserializable
+from jaxfp4.checkpoints.configs import (
+    COMPRESSED_TENSORS,
+    FORMATS,
+    Modules,
+    cache_module,
+    config_files,
+    refuse_unserializable,
+)
 from jaxfp4.checkpoints.names import TensorName, refuse_unmatched, resolve_name
-from jaxfp4.checkpoints.writer import PendingTensor
+from jaxfp4.checkpoints.pending import PendingTensor, entry_of, is_storable, on_every_host
+from jaxfp4.checkpoints.processes import write_checkpoint
+from jaxfp4.checkpoints.stored import SUFFIXES, joined
 from jaxfp4.formats import BLOCK_SIZE, LeafError, fp8, path_string
 from jaxfp4.tensors import NVFP4Tensor, QuantizedWeight
 from jaxfp4.tensors.cache import CacheAmax, CacheFormat
@@ -41,10 +49,11 @@ def export_checkpoint(
     scale) and, if there is one, `MODULE.input_scale` float32 `[]`; a weight whose result a quantized key-value cache
     holds also has `MODULE.k_scale` or `MODULE.v_scale` float32 `[]`, amax / 448 for FP8 and for NVFP4. With
     `format="compressed-tensors"` they are `weight_packed`, `weight_scale`, `weight_global_scale` float32 `[1]` and
-    `input_global_scale`, the last two IEEE float32 reciprocals. Other arrays keep dtype and shape.
+    `input_global_scale`, the last two IEEE float32 reciprocals, and for the cache `k_scale` and `v_scale` of the
+    module above. Other arrays keep dtype and shape.
 
     Args:
-        qparams: arrays of JAX, on any mesh all of whose devices belong to this process, or of numpy.
+        qparams: arrays of JAX, on any mesh, or of numpy.
         out_dir: must not exist, its parent must. It appears whole or, if anything fails, not at all.
         format: "modelopt" (Model-Optimizer) or "compressed-tensors" (`nvfp4-pack-quantized`).
         names: path of a leaf, components joined by '/', -> checkpoint module name or `TensorName`. A name with
@@ -55,15 +64,16 @@ def export_checkpoint(
         max_shard_bytes: several files of at most this size and an index; by default one `model.safetensors`.
 
     Tensors are fetched from their devices, written and freed one by one: the host holds one at a time, of a stack one
-    entry.
+    entry. On several processes all of them call this, with an `out_dir` on a file system that they share; each writes
+    files of its own with tensors that its devices hold, so that only tensors cut across processes are sent, one at a
+    time. If one process fails, all raise.
 
     Raises:
-        ValueError: unknown format; no quantized leaf; a quantized key-value cache in compressed-tensors, or in two
-            formats; a contraction that is no multiple of 16; a `pre_scale`, which
-            engines
-            do not apply; a scale that is not positive and finite, or is not one value for each tensor written; two
-            tensors of the same name; `names` that match nothing or do not fit; an array that is not wholly on this
-            process's devices. The message begins with the leaf's path.
+        ValueError: unknown format; no quantized leaf; an NVFP4 key-value cache in compressed-tensors, or two formats
+            of cache; a contraction that is no multiple of 16; a `pre_scale`, which
+            engines do not apply; a scale that is not positive and finite, or is not one value for each tensor written;
+            two tensors of the same name; `names` that match nothing or do not fit. The message begins with the leaf's
+            path.
         FileExistsError, FileNotFoundError, OSError: `out_dir` exists, its parent does not, or writing failed.
     """
     if format not in FORMATS:
@@ -72,10 +82,12 @@ def export_checkpoint(
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: wanted a positive number of bytes, or None for one file")
     refuse_unserializable(config)
     tensors, modules = _tensors_of(qparams, names or {}, format)
-    with writer.new_directory(pathlib.Path(out_dir)) as directory:
-        writer.write_tensors(directory, tensors, max_shard_bytes)
+
+    def complete(directory: pathlib.Path) -> None:
         for file_name, content in config_files(modules, config, format).items():
             writer.write_json(directory / file_name, content)
+
+    write_checkpoint(pathlib.Path(out_dir), tensors, complete, max_shard_bytes)
 
 
 def _tensors_of(
@@ -132,10 +144,10 @@ def _only_cache_format(found: Mapping[CacheFormat, str], file_format: str) -> Ca
             f"{path}: its key-value cache is {first.value}, that of {other} {second.value}: wanted one format for the "
             "whole model; quantize with one recipe"
         )
-    if found and file_format == COMPRESSED_TENSORS:
+    if CacheFormat.NVFP4 in found and file_format == COMPRESSED_TENSORS:
         raise LeafError(
-            f"{next(iter(found.values()))}: has scales of a key-value cache, which are written in Model-Optimizer's "
-            "format only: wanted format='modelopt', or a recipe without kv_cache"
+            f"{found[CacheFormat.NVFP4]}: has scales of a key-value cache in NVFP4, which compressed-tensors cannot "
+            "state: wanted format='modelopt', or a recipe with an FP8 cache"
         )
     return next(iter(found), None)
 
@@ -168,18 +180,9 @@ def _whole_array(path: str, leaf: Any) -> jax.Array | np.ndarray:
             f"{path}: a leaf of type {type(leaf).__name__}: wanted a JAX or numpy array, or a QuantizedWeight, outside "
             "of jit"
         )
-    if not writer.is_storable(leaf.dtype):
+    if not is_storable(leaf.dtype):
         raise LeafError(f"{path}: dtype {leaf.dtype}: wanted one that safetensors has, such as bfloat16; cast it first")
-    if not _is_addressable(leaf):
-        raise LeafError(
-            f"{path}: lies partly on devices of other processes: wanted an array on this process's devices only; "
-            "gather it with jax.experimental.multihost_utils.process_allgather first"
-        )
     return leaf
-
-
-def _is_addressable(array: jax.Array | np.ndarray) -> bool:
-    return isinstance(array, np.ndarray) or array.is_fully_addressable
 
 
 def _plain_tensors(path: str, array: jax.Array | np.ndarray, name: TensorName) -> Iterator[PendingTensor]:
@@ -189,8 +192,7 @@ def _plain_tensors(path: str, array: jax.Array | np.ndarray, name: TensorName) -
         order[-2:] = reversed(order[-2:])
     shape = tuple(array.shape[stacked + axis] for axis in order)
     for index, module in name.modules(array.shape):
-        full_name = f"{module}.{name.parameter}" if module else name.parameter
-        yield PendingTensor(full_name, np.dtype(array.dtype), shape, _fetcher(array, index, order, shape))
+        yield entry_of(array, joined(module, name.parameter), index, order, shape)
 
 
 def _quantized_tensors(path: str, leaf: QuantizedWeight, name: TensorName, file_format: str) -> Iterator[PendingTensor]:
@@ -200,29 +202,21 @@ def _quantized_tensors(path: str, leaf: QuantizedWeight, name: TensorName, file_
     length = int(np.prod(weight.sizes))
     rows = int(np.prod(weight.shape[stacked:], dtype=np.int64)) // length
     stack = weight.shape[:stacked]
-    global_scales = _scalars(path, "global scale", weight.global_scale, stack)
-    input_scales = None if leaf.input_scale is None else _scalars(path, "input scale", leaf.input_scale, stack)
+    packed, scales = (rows, length // 2), (rows, length // BLOCK_SIZE)
+    compressed = file_format == COMPRESSED_TENSORS
+    suffixes = SUFFIXES[file_format]
+    scalars = {suffixes.global_scale: _scalars(path, "global scale", weight.global_scale, stack)}
+    if leaf.input_scale is not None:
+        scalars[suffixes.input_scale] = _scalars(path, "input scale", leaf.input_scale, stack)
     cached = _cache_scales(path, leaf.cache, stack)
     for index, module in name.modules(weight.shape):
-        prefix = f"{module}." if module else ""
-        packed, scales = (rows, length // 2), (rows, length // BLOCK_SIZE)
-        compressed = file_format == COMPRESSED_TENSORS
-        yield PendingTensor(
-            prefix + ("weight_packed" if compressed else "weight"),
-            np.dtype(np.uint8),
-            packed,
-            _fetcher(weight.packed, index, order, packed),
-        )
-        yield PendingTensor(prefix + "weight_scale", _E4M3, scales, _fetcher(weight.scales, index, order, scales))
-        yield _scalar_tensor(
-            prefix + ("weight_global_scale" if compressed else "weight_scale_2"), global_scales[index], compressed
-        )
-        if input_scales is not None:
-            yield _scalar_tensor(
-                prefix + ("input_global_scale" if compressed else "input_scale"), input_scales[index], compressed
-            )
-        for suffix, scales_of_stack in cached.items():
-            yield _scalar_tensor(prefix + suffix, scales_of_stack[index], False)
+        yield entry_of(weight.packed, joined(module, suffixes.packed), index, order, packed)
+        yield entry_of(weight.scales, joined(module, suffixes.scales), index, order, scales)
+        for suffix, values in scalars.items():
+            value = np.float32(1) / values[index] if compressed else values[index]
+            yield _scalar_tensor(joined(module, suffix), value, compressed)
+        for suffix, values in cached.items():
+            yield _scalar_tensor(joined(cache_module(file_format, module), suffix), values[index], compressed)
 
 
 def _cache_scales(path: str, cache: CacheAmax | None, stack: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -230,7 +224,7 @@ def _cache_scales(path: str, cache: CacheAmax | None, stack: tuple[int, ...]) ->
     amaxes = {} if cache is None else {"k_scale": cache.keys, "v_scale": cache.values}
     divisor = np.float32(fp8.SCALE_DIVISOR)
     return {
-        suffix: _scalars(path, suffix, np.asarray(amax) / divisor, stack)
+        suffix: _scalars(path, suffix, on_every_host(amax) / divisor, stack)
         for suffix, amax in amaxes.items()
         if amax is not None
     }
@@ -251,7 +245,7 @@ def _matrix_order(path: str, weight: NVFP4Tensor, stacked: int, name: TensorName
 
 def _scalars(path: str, what: str, values: jax.Array | np.ndarray, stack: tuple[int, ...]) -> np.ndarray:
     """One float32 for each entry of the stack, from an array with some of the leading axes or size 1 in their place."""
-    host = np.asarray(values)
+    host = on_every_host(values)
     leading = host.shape[: len(stack)] + (1,) * (len(stack) - host.ndim)
     fits = all(n in (1, wanted) for n, wanted in zip(leading, stack, strict=True)) and host.size == np.prod(leading)
     if not fits or host.dtype != np.float32:
@@ -268,19 +262,6 @@ def _scalars(path: str, what: str, values: jax.Array | np.ndarray, stack: tuple[
     return np.broadcast_to(host.reshape(leading), stack)
 
 
-def _scalar_tensor(name: str, scale: np.float32, compressed: bool) -> PendingTensor:
-    value = np.float32(1) / scale if compressed else scale
+def _scalar_tensor(name: str, value: np.float32, compressed: bool) -> PendingTensor:
     shape = (1,) if compressed else ()
     return PendingTensor(name, _FLOAT32, shape, lambda: np.full(shape, value, np.float32))
-
-
-def _fetcher(
-    array: jax.Array | np.ndarray, index: tuple[int, ...], order: list[int], shape: tuple[int, ...]
-) -> Callable[[], np.ndarray]:
-    return functools.partial(_fetch_reshaped, array, index, order, shape)
-
-
-def _fetch_reshaped(
-    array: jax.Array | np.ndarray, index: tuple[int, ...], order: list[int], shape: tuple[int, ...]
-) -> np.ndarray:
-    return writer.fetch(array, index, order).reshape(shape)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
+import itertools
 import json
 import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxfp4.checkpoints.pending import PendingTensor
 from jaxfp4.checkpoints.safetensors_file import DTYPES
 
 SINGLE_FILE = "model.safetensors"
@@ -30,84 +28,6 @@ _LAYOUT = (
 _DTYPE_NAMES = {DTYPES[name]: name for name in _LAYOUT}
 _DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPE_NAMES)}
 _HEADER_ALIGNMENT = 8
-_STRIP = 16  # rows that are transposed together: the fastest of 16 to 256 for bytes
-
-
-def is_storable(dtype: Any) -> bool:
-    """Whether safetensors has this dtype."""
-    return dtype in _DTYPE_NAMES
-
-
-@dataclasses.dataclass(frozen=True)
-class PendingTensor:
-    """A tensor that is known by name, dtype and shape, and whose values are fetched when they are written."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    fetch: Callable[[], np.ndarray]
-    """Gives the values, row-major; what it returns is dropped once written."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
-
-
-def fetch(array: jax.Array | np.ndarray, index: tuple[int, ...], order: Sequence[int]) -> np.ndarray:
-    """`numpy.asarray(array)[index].transpose(order)`, row-major, from every device only the shards that hold it.
-
-    `index` holds integers for leading axes. Nothing stays behind on the host: neither a copy of the whole array nor one
-    cached with it.
-    """
-    order = tuple(order)
-    shape = array.shape[len(index) :]
-    result = np.empty([shape[axis] for axis in order], array.dtype)
-    if isinstance(array, np.ndarray):
-        entry: tuple[Any, ...] = (*index, ...)  # the dots make a 0-d array where there would be a scalar
-        _copy(result, array[entry].transpose(order))
-        return result
-    for shard in array.addressable_shards:
-        local = _local_index(shard.index, index)
-        if shard.replica_id == 0 and local is not None:
-            rest = shard.index[len(index) :]
-            place = (*(rest[axis] for axis in order), ...)
-            entry = (*local, ...)
-            if _in_host_memory(shard.data):
-                _copy(result[place], np.asarray(shard.data)[entry].transpose(order))
-            else:
-                # numpy.asarray of the shard itself would stay cached with it for as long as the parameter lives.
-                result[place] = np.asarray(_slice(shard.data, local, order))
-    return result
-
-
-def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`; a transposed source in strips, which keep both sides within the processor's cache."""
-    if source.ndim == 0 or source.strides[-1] == source.itemsize:
-        target[...] = source
-        return
-    for start in range(0, source.shape[-1], _STRIP):
-        target[..., start : start + _STRIP] = source[..., start : start + _STRIP]
-
-
-def _local_index(place: tuple[slice, ...], index: tuple[int, ...]) -> tuple[int, ...] | None:
-    """`index` counted from the start of a shard at `place`; None if the shard does not hold it."""
-    local = []
-    for part, number in zip(place, index, strict=False):
-        start = part.start or 0
-        if number < start or (part.stop is not None and number >= part.stop):
-            return None
-        local.append(number - start)
-    return tuple(local)
-
-
-def _in_host_memory(piece: jax.Array) -> bool:
-    return all(device.platform == "cpu" for device in piece.devices())
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _slice(piece: jax.Array, index: tuple[jax.Array, ...], order: tuple[int, ...]) -> jax.Array:
-    return jnp.copy(jnp.transpose(piece[index], order))
 
 
 @contextlib.contextmanager
@@ -117,6 +37,22 @@ def new_directory(out_dir: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises FileExistsError if `out_dir` exists, even empty, and FileNotFoundError if its parent does not. A process that
     is killed leaves `.NAME.XXXXXXXX.partial` behind, never a part of `out_dir`.
     """
+    refuse_existing(out_dir)
+    partial = partial_directory(out_dir, secrets.token_hex(4))
+    try:
+        partial.mkdir()
+        yield partial
+        publish(partial, out_dir)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise writing_failed(out_dir, error) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def refuse_existing(out_dir: pathlib.Path) -> None:
+    """FileExistsError if `out_dir` exists, even empty, FileNotFoundError if its parent does not."""
     if os.path.lexists(out_dir):
         raise FileExistsError(f"{out_dir} exists already: wanted a directory to create; remove it or name another")
     parent = out_dir.absolute().parent
@@ -124,24 +60,28 @@ def new_directory(out_dir: pathlib.Path) -> Iterator[pathlib.Path]:
         raise FileNotFoundError(
             f"{parent} is no directory: wanted an existing one to create {out_dir.name!r} in; create it"
         )
-    partial = parent / f".{out_dir.name}.{secrets.token_hex(4)}.partial"
-    try:
-        partial.mkdir()
-        yield partial
-        _sync(partial)
-        partial.rename(out_dir)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if error.errno is None:
-            raise
-        raise OSError(
-            f"{out_dir}: writing failed: {error.strerror} ({os.path.basename(error.filename or '')}); nothing was left "
-            "behind; make room or name another directory"
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sync(parent)
+
+
+def partial_directory(out_dir: pathlib.Path, token: str) -> pathlib.Path:
+    """The path of the unfinished directory beside `out_dir`."""
+    return out_dir.absolute().parent / f".{out_dir.name}.{token}.partial"
+
+
+def publish(partial: pathlib.Path, out_dir: pathlib.Path) -> None:
+    """Renames the finished directory, on disk when this returns."""
+    _sync(partial)
+    partial.rename(out_dir)
+    _sync(out_dir.absolute().parent)
+
+
+def writing_failed(out_dir: pathlib.Path, error: OSError) -> OSError:
+    """One line about an error of the file system; other OSErrors, without a number, say it themselves."""
+    if error.errno is None:
+        return error
+    return OSError(
+        f"{out_dir}: writing failed: {error.strerror} ({os.path.basename(error.filename or '')}); nothing was left "
+        "behind; make room or name another directory"
+    )
 
 
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
@@ -159,23 +99,19 @@ def write_tensors(
     Tensors are assigned to files in the order of their names; one larger than `max_shard_bytes` has a file of its own.
     If everything fits in one file, there is no index. Only one tensor at a time is in host memory.
     """
-    shards = _shards(sorted(tensors, key=lambda tensor: tensor.name), max_shard_bytes)
-    if len(shards) == 1:
-        _write_file(directory / SINGLE_FILE, shards[0])
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / file_name, shard)
-        weight_map.update({tensor.name: file_name for tensor in shard})
-    total = sum(tensor.nbytes for shard in shards for tensor in shard)
-    write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    files = named_files([divided(tensors, max_shard_bytes)])[0]
+    for file_name, shard in files.items():
+        with new_file(directory / file_name, shard) as file:
+            for tensor in file.tensors:
+                file.write(tensor)
+    write_index(directory, files)
 
 
-def _shards(tensors: list[PendingTensor], limit: int | None) -> list[list[PendingTensor]]:
+def divided(tensors: Iterable[PendingTensor], limit: int | None) -> list[list[PendingTensor]]:
+    """The tensors of each file, in the order of their names, for files of at most `limit` bytes."""
     shards: list[list[PendingTensor]] = [[]]
     size = 0
-    for tensor in tensors:
+    for tensor in sorted(tensors, key=lambda tensor: tensor.name):
         if shards[-1] and limit is not None and size + tensor.nbytes > limit:
             shards.append([])
             size = 0
@@ -184,20 +120,60 @@ def _shards(tensors: list[PendingTensor], limit: int | None) -> list[list[Pendin
     return shards
 
 
-def _write_file(path: pathlib.Path, tensors: list[PendingTensor]) -> None:
-    """One safetensors file, laid out byte for byte as the safetensors library does."""
-    ordered = sorted(tensors, key=lambda tensor: (_DTYPE_RANK[tensor.dtype], tensor.name))
+def named_files(groups: Sequence[list[list[PendingTensor]]]) -> list[dict[str, list[PendingTensor]]]:
+    """File name -> tensors, for each of several groups of files that belong to one checkpoint."""
+    total = sum(map(len, groups))
+    numbers = iter(range(1, total + 1))
+    return [
+        {
+            SINGLE_FILE if total == 1 else f"model-{next(numbers):05d}-of-{total:05d}.safetensors": shard
+            for shard in group
+        }
+        for group in groups
+    ]
+
+
+def write_index(directory: pathlib.Path, files: Mapping[str, list[PendingTensor]]) -> None:
+    """Writes the index of several files; of a single one there is none."""
+    if len(files) == 1:
+        return
+    total = sum(tensor.nbytes for shard in files.values() for tensor in shard)
+    weight_map = {tensor.name: file_name for file_name, shard in files.items() for tensor in shard}
+    write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+class TensorFile:
+    """A safetensors file being written, laid out byte for byte as the safetensors library does; see `new_file`."""
+
+    def __init__(self, file: BinaryIO, tensors: Iterable[PendingTensor]):
+        self._file = file
+        #: In the order of the file, in which writing them is fastest.
+        self.tensors = sorted(tensors, key=lambda tensor: (_DTYPE_RANK[tensor.dtype], tensor.name))
+        header = _header(self.tensors)
+        self._file.write(header)
+        starts = itertools.accumulate((tensor.nbytes for tensor in self.tensors), initial=len(header))
+        self._starts = {tensor.name: start for tensor, start in zip(self.tensors, starts, strict=False)}
+
+    def write(self, tensor: PendingTensor) -> None:
+        """Fetches the values of one of `tensors` and puts them in their place."""
+        self.put(tensor, tensor.fetch())
+
+    def put(self, tensor: PendingTensor, values: np.ndarray) -> None:
+        """Puts the values of one of `tensors` in their place."""
+        if values.dtype != tensor.dtype or values.shape != tensor.shape:
+            raise ValueError(
+                f"tensor {tensor.name!r} came as {values.dtype} {values.shape}: wanted {tensor.dtype} "
+                f"{tensor.shape}, as announced"
+            )
+        self._file.seek(self._starts[tensor.name])
+        self._file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+
+@contextlib.contextmanager
+def new_file(path: pathlib.Path, tensors: Iterable[PendingTensor]) -> Iterator[TensorFile]:
+    """A safetensors file for these tensors, each of which is then written once, and flushed to disk at the end."""
     with path.open("wb") as file:
-        file.write(_header(ordered))
-        for tensor in ordered:
-            values = tensor.fetch()
-            if values.dtype != tensor.dtype or values.shape != tensor.shape:
-                raise ValueError(
-                    f"tensor {tensor.name!r} came as {values.dtype} {values.shape}: wanted {tensor.dtype} "
-                    f"{tensor.shape}, as announced"
-                )
-            file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-            del values
+        yield TensorFile(file, tensors)
         _flush(file)
 
 

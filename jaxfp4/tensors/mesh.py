@@ -103,8 +103,17 @@ def layout_of(x: Array) -> Layout | None:
     mesh = sharding.mesh
     if isinstance(x, jax.core.Tracer) and not all(kind == AxisType.Explicit for kind in mesh.axis_types):
         return None
-    entries = tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
-    return Layout(mesh, tuple(_names(entry) for entry in entries), len(sharding.spec))
+    return _layout(sharding, x.ndim)
+
+
+def _layout(sharding: NamedSharding, ndim: int) -> Layout:
+    entries = tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
+    return Layout(sharding.mesh, tuple(_names(entry) for entry in entries), len(sharding.spec))
+
+
+def blockwise_sharding(sharding: NamedSharding, blocking: Blocking) -> NamedSharding:
+    """Where the codes and block scales of a weight with this sharding are: on the same devices, without a cut block."""
+    return _layout(sharding, len(blocking.shape)).with_whole_blocks(blocking).merged(blocking).sharding
 
 
 def _names(entry: str | tuple[str, ...] | None) -> AxisNames:

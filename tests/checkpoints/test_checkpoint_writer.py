@@ -17,9 +17,11 @@ import safetensors.numpy
 from golden_models import mesh
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxfp4.checkpoints import open_checkpoint, writer
+import jaxfp4.checkpoints.pending
+from jaxfp4.checkpoints import open_checkpoint
+from jaxfp4.checkpoints.pending import PendingTensor, fetch
 from jaxfp4.checkpoints.safetensors_file import DTYPES
-from jaxfp4.checkpoints.writer import PendingTensor, fetch, new_directory, write_tensors
+from jaxfp4.checkpoints.writer import new_directory, write_tensors
 
 
 def pending(name, values):
@@ -108,7 +110,7 @@ SPECS = [(None, None, None), ("ep", None, "tp"), ("tp", "ep", None), (None, ("tp
 @pytest.mark.parametrize("spec", SPECS)
 def test_fetch_gives_any_slice_in_any_order_from_any_sharding(monkeypatch, spec, on_device):
     if on_device:  # the way for accelerators: slice there, copy the slice
-        monkeypatch.setattr(writer, "_in_host_memory", lambda piece: False)
+        monkeypatch.setattr(jaxfp4.checkpoints.pending, "_in_host_memory", lambda piece: False)
     values = np.arange(4 * 8 * 12, dtype=np.float32).reshape(4, 8, 12).astype(ml_dtypes.float8_e4m3fn)
     array = jax.device_put(values, NamedSharding(mesh(tp=4, ep=2), PartitionSpec(*spec)))
     for index, order in [
@@ -127,7 +129,7 @@ def test_fetch_gives_any_slice_in_any_order_from_any_sharding(monkeypatch, spec,
 
 
 def test_fetch_leaves_no_copy_cached_with_the_array(monkeypatch):
-    monkeypatch.setattr(writer, "_in_host_memory", lambda piece: False)
+    monkeypatch.setattr(jaxfp4.checkpoints.pending, "_in_host_memory", lambda piece: False)
     array = jax.device_put(jnp.arange(32.0), NamedSharding(mesh(tp=8), PartitionSpec("tp")))
     fetch(array, (), (0,))
     arrays = [array, *(shard.data for shard in array.addressable_shards)]

@@ -93,6 +93,16 @@ def test_tensors_and_configuration(tmp_path, format, scheme, algorithm):
     assert read_json(tmp_path / "out/hf_quant_config.json")["quantization"]["kv_cache_quant_algo"] == algorithm
 
 
+def test_compressed_tensors_has_them_above_the_projections(tmp_path):
+    tree = {"attention": {"k_proj": weight(32, 16, keys=3.0), "v_proj": weight(32, 16, values=0.7)}}
+    export_checkpoint(tree, tmp_path / "out", format="compressed-tensors", config={"model_type": "x"})
+    found = {n: v for n, v in tensors_of(tmp_path / "out").items() if n.endswith(("k_scale", "v_scale"))}
+    assert found == {"attention.k_scale": np.float32(3) / 448, "attention.v_scale": np.float32(0.7) / np.float32(448)}
+    assert {(v.dtype.name, v.shape) for v in found.values()} == {("float32", (1,))}
+    scheme = read_json(tmp_path / "out/config.json")["quantization_config"]["kv_cache_scheme"]
+    assert scheme == {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+
 def test_layers_of_a_stack(tmp_path):
     tree = {"k_proj": weight(2, 32, 16, keys=[3.0, 5.0])}
     export_checkpoint(tree, tmp_path / "out", names={"k_proj": TensorName("layers.{layer}.k_proj")})
@@ -121,9 +131,9 @@ REFUSED = {
         r"^a: its key-value cache is FP8, that of b NVFP4: wanted one format for the whole model",
     ),
     "compressed-tensors": (
-        {"a": weight(32, 16, keys=1.0)},
+        {"a": weight(32, 16, keys=1.0, format=NVFP4)},
         {"format": "compressed-tensors"},
-        r"^a: has scales of a key-value cache, .*: wanted format='modelopt', or a recipe without kv_cache",
+        r"^a: has scales of a key-value cache in NVFP4, .*: wanted format='modelopt', or a recipe with an FP8 cache",
     ),
     "zero": ({"a": weight(32, 16, keys=0.0)}, {}, r"^a: k_scale 0.0: wanted a positive, normal and finite value"),
     "shape": (

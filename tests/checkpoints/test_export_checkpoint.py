@@ -13,7 +13,6 @@ from flax import nnx
 from golden_models import mesh, read_json, tensors_of
 from jax.sharding import NamedSharding, PartitionSpec
 
-import jaxfp4.checkpoints.export
 from jaxfp4.checkpoints import TensorName, export_checkpoint, open_checkpoint
 from jaxfp4.formats import LeafError
 from jaxfp4.tensors import NVFP4Tensor, QuantizedWeight, global_amax, quantize
@@ -335,12 +334,6 @@ def test_leaves_that_are_no_arrays_are_refused(tmp_path):
     for leaf in (jax.random.key(0), jnp.ones(4, jnp.int4), np.array(["text"]), np.ones(2, np.complex64)):
         message = "b: dtype .*: wanted one that safetensors has, such as bfloat16; cast it first"
         refused(tmp_path, LeafError, message, tree={"a": quantized(16, 8), "b": leaf})
-
-
-def test_arrays_on_other_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(jaxfp4.checkpoints.export, "_is_addressable", lambda array: array.dtype != jnp.uint8)
-    message = "w: lies partly on devices of other processes: wanted an array on this process's devices only; gather it"
-    refused(tmp_path, LeafError, message)
 
 
 def test_an_existing_target_is_refused_and_kept(tmp_path):

@@ -12,9 +12,9 @@ import reference
 from golden_models import GOLDEN, mesh, needs_golden, read_json, tensors_of
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-import jaxfp4.checkpoints.load
+import jaxfp4.checkpoints.placement
 from jaxfp4.checkpoints import export_checkpoint, load_checkpoint
-from jaxfp4.checkpoints.load import inverse_of_reciprocal
+from jaxfp4.checkpoints.stored import inverse_of_reciprocal
 from jaxfp4.checkpoints.writer import PendingTensor, write_tensors
 from jaxfp4.tensors import QuantizedWeight
 
@@ -220,7 +220,7 @@ def test_each_device_reads_only_its_slice(tmp_path, monkeypatch):
 
         return original(shape, sharding, counted)
 
-    monkeypatch.setattr(jaxfp4.checkpoints.load.jax, "make_array_from_callback", recording)
+    monkeypatch.setattr(jaxfp4.checkpoints.placement.jax, "make_array_from_callback", recording)
     sharding = NamedSharding(mesh(tp=8), PartitionSpec("tp"))
     load_checkpoint(save(tmp_path, sharded_tensors()), shardings={"a/weight": sharding})
     assert {part for shape, part in read if shape == (8, 32)} == {(1, 32)}
