@@ -1,0 +1,144 @@
+"""Our compressed-tensors exports, read by transformers: the same weights and the same logits."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxfp4
+from jaxfp4.checkpoints import SafetensorsFile, export_checkpoint
+from jaxfp4.models import Decoder, DecoderConfig, checkpoint_names, from_flax
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+compressed_tensors = pytest.importorskip("compressed_tensors")
+
+# Theirs, not ours.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch"),
+]
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "norm_topk_prob": True,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+TOKENS = np.random.default_rng(0).integers(0, 64, (2, 12)).astype(np.int32)
+
+
+def config_of(model_type):
+    return DecoderConfig.from_hf({"model_type": model_type, **SIZES, **(EXPERTS if model_type == "qwen3_moe" else {})})
+
+
+@pytest.fixture(scope="module", params=[("llama", False), ("llama", True), ("qwen3_moe", False)], ids=str)
+def exported(request, tmp_path_factory):
+    """`(config, function, plan, quantized parameters, directory)`; weights are bfloat16, the computation is float32."""
+    model_type, activations = request.param
+    config = config_of(model_type)
+    model = Decoder(config, param_dtype=jnp.bfloat16, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    apply_fn, params = from_flax(model)
+    recipe = "nvfp4" if activations else "nvfp4_weight_only"
+    plan = jaxfp4.plan(apply_fn, params, TOKENS, recipe=recipe, expert_scale="expert")
+    stats = jaxfp4.calibrate(apply_fn, params, [TOKENS], plan, progress=False) if activations else None
+    qparams = jaxfp4.quantize_params(params, plan, stats)
+    out = tmp_path_factory.mktemp("export") / "out"
+    export_checkpoint(
+        qparams, out, format="compressed-tensors", names=checkpoint_names(config), config=config.to_hf("bfloat16")
+    )
+    return config, apply_fn, plan, qparams, out
+
+
+def dequantized(config, qparams):
+    """`{tensor name: float32 values}` of every module, `[N, K]`, rounded to bfloat16."""
+    values = {}
+    names = checkpoint_names(config)
+    for path, weight in jaxfp4.weights(qparams).items():
+        dense = np.asarray(weight.weight.dequantize(jnp.bfloat16)).astype(np.float32)
+        for index, module in names[path].modules(dense.shape):
+            values[module] = dense[index].T
+    return values
+
+
+def read(directory):
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model(torch.zeros((1, 1), dtype=torch.long))  # packed weights are decompressed by the first call
+    return model
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return torch.nn.Module.float(model)(torch.tensor(TOKENS).long()).logits.numpy()
+
+
+def test_transformers_holds_our_weights_and_computes_our_logits(exported):
+    config, apply_fn, plan, qparams, out = exported
+    model = read(out)
+    wanted = dequantized(config, qparams)
+    modules = dict(model.named_modules())
+    found = {name: modules[name].weight.detach().float().numpy() for name in wanted if name in modules}
+    assert len(found) == (14 if config.model_type == "llama" else 8)
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, wanted[name], err_msg=name)
+    if config.num_experts:
+        _check_and_repair_experts(config, model, wanted, out)
+    np.testing.assert_allclose(logits_of(model), jaxfp4.quantized(apply_fn, plan)(qparams, TOKENS), rtol=0, atol=2e-5)
+
+
+def _check_and_repair_experts(config, model, wanted, out):
+    """transformers keeps experts as stacks, and drops their global scales on the way (transformers issue 48372).
+
+    With the global scales that the file has, its values are ours; they are put in before the logits are compared.
+    """
+    file = SafetensorsFile(out / "model.safetensors")
+    for layer in range(config.num_hidden_layers):
+        experts = model.model.layers[layer].mlp.experts
+        prefix = f"model.layers.{layer}.mlp.experts"
+        for e in range(config.num_experts):
+            gate_up, down = (
+                experts.gate_up_proj.detach().float().numpy()[e],
+                experts.down_proj.detach().float().numpy()[e],
+            )
+            gate, up = np.split(gate_up, 2)
+            for name, values in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+                module = f"{prefix}.{e}.{name}"
+                divisor = file.tensor(f"{module}.weight_global_scale")
+                exact = np.array_equal(values, wanted[module])
+                assert exact or np.allclose(values / divisor, wanted[module], rtol=2**-8, atol=0), module
+        stacked = {
+            name: np.stack([wanted[f"{prefix}.{e}.{name}"] for e in range(config.num_experts)])
+            for name in ("gate_proj", "up_proj", "down_proj")
+        }
+        with torch.no_grad():
+            both = np.concatenate([stacked["gate_proj"], stacked["up_proj"]], 1)
+            experts.gate_up_proj.copy_(torch.tensor(both))
+            experts.down_proj.copy_(torch.tensor(stacked["down_proj"]))
+
+
+def test_compressed_tensors_decompresses_every_module_to_our_weights(exported):
+    """Its own compressor on the tensors of each module, experts included."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors.torch import load_file
+
+    config, _, _, qparams, out = exported
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    scheme = QuantizationConfig.model_validate(settings).config_groups["group_0"]
+    compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    tensors = load_file(out / "model.safetensors")
+    for module, values in dequantized(config, qparams).items():
+        parts = ("weight_packed", "weight_scale", "weight_global_scale")
+        state = {part: tensors[f"{module}.{part}"] for part in parts}
+        found = compressor.decompress(state, scheme)["weight"].to(torch.bfloat16).float().numpy()
+        np.testing.assert_array_equal(found, values, err_msg=module)
