@@ -1,14 +1,15 @@
 """The reference decoder: RMSNorm, rotary attention with grouped key/value heads, gated MLP or top-k experts (flax NNX).
 
-It computes what transformers' Llama and Qwen3-MoE compute. Parameters are named and laid out for JAX: a linear kernel
-is ``[in, out]``, the experts of a layer are one stack ``[experts, in, out]``. Their paths
-(``layers/0/attention/q_proj/kernel``) are what plans, partition specs and the checkpoint layout speak of.
+It computes what transformers' Llama, Mistral, Qwen2, Qwen3, Mixtral and Qwen3-MoE compute. Parameters are named and
+laid out for JAX: a linear kernel is ``[in, out]``, the experts of a layer are one stack ``[experts, in, out]``. Their
+paths (``layers/0/attention/q_proj/kernel``) are what plans, partition specs and the checkpoint layout speak of.
 
 It runs on one device or with parameters sharded over a mesh of Auto axes; the compiler places the collectives.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -20,6 +21,7 @@ from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
 from jaxfp4.models.config import DecoderConfig
+from jaxfp4.models.rotary import rotate
 
 #: (x [N, D], probabilities [N, k], experts [N, k], gate [E, D, F], up [E, D, F], down [E, F, D]) -> [N, D]
 ExpertsFn = Callable[[Array, Array, Array, Array, Array, Array], Array]
@@ -29,13 +31,19 @@ _STACK_INIT = nnx.initializers.lecun_normal(batch_axis=(0,))
 
 
 class Linear(nnx.Module):
-    """``x @ kernel`` without bias, computed in the type of `x`. Kernel ``[in, out]``."""
+    """``x @ kernel``, with a `bias` ``x @ kernel + bias``, in the type of `x`. Kernel ``[in, out]``, bias ``[out]``."""
 
-    def __init__(self, features_in: int, features_out: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, features_in: int, features_out: int, *, bias: bool = False, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         self.kernel = nnx.Param(_KERNEL_INIT(rngs.params(), (features_in, features_out), param_dtype))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((features_out,), param_dtype))
+        self.has_bias = bias
 
     def __call__(self, x: Array) -> Array:
-        return x @ self.kernel[...].astype(x.dtype)
+        product = x @ self.kernel[...].astype(x.dtype)
+        return product + self.bias[...].astype(x.dtype) if self.has_bias else product
 
 
 class RMSNorm(nnx.Module):
@@ -62,33 +70,25 @@ class Embedding(nnx.Module):
         return self.embedding[...][tokens]
 
 
-def rotary(x: Array, theta: float) -> Array:
-    """Rotates each head of `x` ``[batch, time, heads, head_dim]`` by its position; element i pairs with i + head_dim/2.
-
-    Pair i at position t turns by ``t * theta ** (-2 i / head_dim)``. Computed in float32, returned in the type of `x`.
-    """
-    time, half = x.shape[1], x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(time, dtype=jnp.float32)[:, None] * frequency[None, :]
-    cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 class Attention(nnx.Module):
-    """Causal attention; each key/value head serves ``num_attention_heads / num_key_value_heads`` query heads."""
+    """Causal attention; each key/value head serves ``num_attention_heads / num_key_value_heads`` query heads.
 
-    def __init__(self, config: DecoderConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    A token sees itself and what comes before it, in a layer with a sliding window only the last ``window`` of these.
+    """
+
+    def __init__(self, config: DecoderConfig, layer: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, queries, param_dtype=param_dtype, rngs=rngs)
-        self.k_proj = Linear(config.hidden_size, keys, param_dtype=param_dtype, rngs=rngs)
-        self.v_proj = Linear(config.hidden_size, keys, param_dtype=param_dtype, rngs=rngs)
-        self.o_proj = Linear(queries, config.hidden_size, param_dtype=param_dtype, rngs=rngs)
+        make = functools.partial(Linear, param_dtype=param_dtype, rngs=rngs)
+        self.q_proj = make(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = make(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = make(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = make(queries, config.hidden_size, bias=config.attention_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, param_dtype=param_dtype)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, param_dtype=param_dtype)
         self.config = config
+        self.window = config.window(layer)
 
     def __call__(self, x: Array) -> Array:
         batch, time, _ = x.shape
@@ -98,15 +98,20 @@ class Attention(nnx.Module):
         value = self.v_proj(x).reshape(batch, time, kv_heads, head_dim)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotary(query, self.config.rope_theta), rotary(key, self.config.rope_theta)
+        rotation = self.config.rotation(time)
+        query, key = rotate(query, rotation), rotate(key, rotation)
         # The names by which a recipe's `kv_cache` finds them.
         key, value = checkpoint_name(key, "keys"), checkpoint_name(value, "values")
         query = query.reshape(batch, time, kv_heads, -1, head_dim)
         scores = jnp.einsum("btkgd,bskd->bkgts", query, key, preferred_element_type=jnp.float32) * head_dim**-0.5
-        causal = jnp.tril(jnp.ones((time, time), bool))
-        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(x.dtype)
+        weights = jax.nn.softmax(jnp.where(self._visible(time), scores, -jnp.inf), axis=-1).astype(x.dtype)
         mixed = jnp.einsum("bkgts,bskd->btkgd", weights, value)
         return self.o_proj(mixed.reshape(batch, time, -1))
+
+    def _visible(self, time: int) -> Array:
+        """``[time, time]``: whether a token (row) sees another (column)."""
+        causal = jnp.tril(jnp.ones((time, time), bool))
+        return causal if self.window is None or self.window >= time else jnp.triu(causal, 1 - self.window)
 
 
 class GatedMLP(nnx.Module):
@@ -114,9 +119,10 @@ class GatedMLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
         width, hidden = config.intermediate_size, config.hidden_size
-        self.gate_proj = Linear(hidden, width, param_dtype=param_dtype, rngs=rngs)
-        self.up_proj = Linear(hidden, width, param_dtype=param_dtype, rngs=rngs)
-        self.down_proj = Linear(width, hidden, param_dtype=param_dtype, rngs=rngs)
+        make = functools.partial(Linear, bias=config.mlp_bias, param_dtype=param_dtype, rngs=rngs)
+        self.gate_proj = make(hidden, width)
+        self.up_proj = make(hidden, width)
+        self.down_proj = make(width, hidden)
 
     def __call__(self, x: Array) -> Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -183,7 +189,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: DecoderConfig, layer: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
-        self.attention = Attention(config, param_dtype=param_dtype, rngs=rngs)
+        self.attention = Attention(config, layer, param_dtype=param_dtype, rngs=rngs)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
         mlp_class = MixtureOfExperts if config.is_moe_layer(layer) else GatedMLP
         self.mlp: GatedMLP | MixtureOfExperts = mlp_class(config, param_dtype=param_dtype, rngs=rngs)
@@ -201,7 +207,7 @@ class Decoder(nnx.Module):
     """A causal language model: ``model(tokens int32 [batch, time]) -> logits float32 [batch, time, vocabulary]``.
 
     Tokens outside the vocabulary follow JAX's gather rule (clamped); positions start at 0 in every row; there is no
-    padding mask.
+    padding mask. Where the rotation depends on the length of a sequence, it is that of the rows at hand.
 
     Args:
         config: the sizes.

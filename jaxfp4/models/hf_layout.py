@@ -1,4 +1,4 @@
-"""The Hugging Face safetensors layout of Llama and Qwen3-MoE: which tensor each parameter is; reading and writing it.
+"""The Hugging Face safetensors layout of the decoder's families: which tensor each parameter is; reading and writing.
 
 A checkpoint stores a linear weight as ``[out, in]`` and every expert by itself; the decoder keeps kernels as ``[in,
 out]`` and a layer's experts as one stack ``[experts, in, out]``. `checkpoint_names` says so as data.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,17 @@ from jax import Array
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from jaxfp4.checkpoints.names import TensorName
+from jaxfp4.checkpoints.pending import PendingTensor, entry_of, is_storable
 from jaxfp4.checkpoints.safetensors_file import Checkpoint, open_checkpoint
+from jaxfp4.checkpoints.writer import INDEX_FILE, SINGLE_FILE, write_tensors
 from jaxfp4.models.config import DecoderConfig
 from jaxfp4.models.decoder import Decoder
+from jaxfp4.models.families import Family
 from jaxfp4.models.sharding import parameter_shapes, shardings
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 _MODULES = {
     "attention": "self_attn",
@@ -38,29 +41,37 @@ _MODULES = {
     "router": "gate",
 }
 _FLOAT_KINDS = ("float32", "bfloat16", "float16")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Frequencies that old checkpoints carry; like transformers, the decoder computes them from the config.
+_DERIVED = re.compile(r"rotary_emb\.inv_freq$")
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_ROWS = 1024  # of the embedding table, compared at a time
 
 
 def checkpoint_names(config: DecoderConfig) -> dict[str, TensorName]:
     """``{parameter path: TensorName}`` for every parameter of the decoder, as `jaxfp4.export_checkpoint` takes it.
 
-    The tensor is ``module + ".weight"``; a `module` with the literal field ``{expert}`` stands for one tensor per
-    expert, stacked along the parameter's first axis; `transpose` says that the stored matrix is the parameter's (last
-    two axes) transposed.
+    The tensor is the module, a dot, and ``weight`` or ``bias``; a `module` with the literal field ``{expert}`` stands
+    for one tensor per expert, stacked along the parameter's first axis; `transpose` says that the stored matrix is the
+    parameter's (last two axes) transposed.
     """
-    return {path: _tensor_name(path) for path in parameter_shapes(config)}
+    return {path: _tensor_name(path, config.family) for path in parameter_shapes(config)}
 
 
-def _tensor_name(path: str) -> TensorName:
+def _tensor_name(path: str, family: Family) -> TensorName:
     parts = path.split("/")
     if path == "embed/embedding":
         return TensorName("model.embed_tokens", transpose=False)
     if path == "lm_head/kernel":
         return TensorName("lm_head", transpose=True)
-    names = [_MODULES.get(part, part) for part in parts]
+    modules = _MODULES | {"mlp": family.mlp_module}
+    names = [modules.get(part, part) for part in parts]
     if "experts" in parts:
         at = parts.index("experts")
-        return TensorName(".".join(["model", *names[: at + 1], "{expert}", *names[at + 1 :]]), transpose=True)
-    return TensorName(".".join(["model", *names[:-1]]), transpose=parts[-1] == "kernel")
+        matrix = dict(family.expert_matrices).get(parts[-1], parts[-1])
+        return TensorName(".".join(["model", *names[: at + 1], "{expert}", matrix]), transpose=True)
+    parameter = "bias" if parts[-1] == "bias" else "weight"
+    return TensorName(".".join(["model", *names[:-1]]), transpose=parts[-1] == "kernel", parameter=parameter)
 
 
 def read_config(directory: str | Path) -> DecoderConfig:
@@ -92,7 +103,8 @@ def load_decoder(directory: str | Path, *, mesh: Mesh | None = None, dtype: DTyp
     """The decoder stored in a folder: ``config.json`` with ``model.safetensors`` or its indexed shards.
 
     Every device reads just its own slice of each parameter from the memory-mapped file; no parameter is ever whole in
-    host memory unless it is replicated.
+    host memory unless it is replicated. Stored rotary frequencies are passed over, as the config gives them; so is a
+    head of tied embeddings, if it equals them.
 
     Args:
         directory: the folder. mesh: where the parameters go, split as `shardings` says (the forward pass needs Auto
@@ -100,8 +112,8 @@ def load_decoder(directory: str | Path, *, mesh: Mesh | None = None, dtype: DTyp
 
     Raises:
         FileNotFoundError: the folder, its ``config.json`` or its weights are missing. ValueError: a broken file, a
-            model that is not supported, a tensor that is missing, unknown or of another shape or kind, or
-            a mesh that does not split the parameters evenly.
+            model that is not supported, a tensor that is missing, unknown or of another shape or kind, a head that
+            differs from the embeddings it is tied to, or a mesh that does not split the parameters evenly.
     """
     config = read_config(directory)
     shapes = parameter_shapes(config)
@@ -109,6 +121,8 @@ def load_decoder(directory: str | Path, *, mesh: Mesh | None = None, dtype: DTyp
     checkpoint = open_checkpoint(directory)
     names = checkpoint_names(config)
     _check_tensors(checkpoint, shapes, names)
+    if config.tie_word_embeddings:
+        _check_tied_head(checkpoint)
     values: dict[str, Array] = {}
     for path, shape in shapes.items():
         sharding = None if placement is None else placement[path]
@@ -168,9 +182,25 @@ def _check_tensors(
                 f"{checkpoint.directory}: tensor {tensor!r} has dtype {dtype.name}, wanted {', '.join(_FLOAT_KINDS)}; "
                 "an already quantized checkpoint is no input"
             )
-    if unknown := sorted(found - set(expected)):
+    tied = set() if "lm_head/kernel" in shapes else {_HEAD}
+    if unknown := sorted(name for name in found - set(expected) - tied if not _DERIVED.search(name)):
         raise ValueError(
             f"{checkpoint.directory}: tensor {unknown[0]!r} belongs to no parameter of this model ({len(unknown)} such)"
+        )
+
+
+def _check_tied_head(checkpoint: Checkpoint) -> None:
+    """A head that is stored although it is tied equals the embeddings (transformers would not tie it otherwise)."""
+    if _HEAD not in checkpoint.names():
+        return
+    head, table = checkpoint.tensor(_HEAD), checkpoint.tensor(_EMBEDDING)
+    starts = range(0, table.shape[0], _ROWS)
+    if head.shape != table.shape or any(
+        not np.array_equal(head[start : start + _ROWS], table[start : start + _ROWS]) for start in starts
+    ):
+        raise ValueError(
+            f"{checkpoint.directory}: tensor {_HEAD!r} differs from {_EMBEDDING!r}, but tie_word_embeddings is true in "
+            f"{CONFIG_FILE}; wanted equal ones, or none; set tie_word_embeddings to false to use it"
         )
 
 
@@ -199,28 +229,52 @@ def _read_matrix(stored: NDArray[Any], name: TensorName, index: tuple[slice, ...
     return np.array(part, order="C")
 
 
-def save_decoder(model: Decoder, directory: str | Path) -> None:
+def save_decoder(model: Decoder, directory: str | Path, *, max_shard_bytes: int | None = None) -> None:
     """Writes ``model.safetensors`` and ``config.json``, from which `load_decoder` makes the same model.
 
-    The types of the parameters are kept. Existing files of these names are replaced, each at once. The whole model
-    passes through host memory.
+    The types of the parameters are kept, and one tensor at a time passes through host memory. The files of an earlier
+    checkpoint in the folder are replaced once all new ones are written; if that fails, they stay as they were.
+
+    Args:
+        model: the decoder. directory: made if it is not there. max_shard_bytes: how many bytes of tensors one file may
+            hold (a larger tensor has one of its own); what needs several files gets an index. By default one file.
+
+    Raises:
+        ValueError: `max_shard_bytes` is not a positive integer, or a parameter has a type that safetensors lacks.
     """
+    if max_shard_bytes is not None and (type(max_shard_bytes) is not int or max_shard_bytes < 1):
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes!r}, wanted a positive integer, or None for one file")
+    names = checkpoint_names(model.config)
+    tensors: list[PendingTensor] = []
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        joined = "/".join(map(str, path))
+        tensors += _pending(joined, names[joined], variable[...])
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    names = checkpoint_names(model.config)
-    tensors: dict[str, NDArray[Any]] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        tensors.update(_stored_tensors(names["/".join(map(str, path))], np.asarray(variable[...])))
-    weights = folder / (WEIGHTS_FILE + ".tmp")
-    save_file(tensors, weights, metadata={"format": "pt"})
-    os.replace(weights, folder / WEIGHTS_FILE)
-    config = folder / (CONFIG_FILE + ".tmp")
-    dtype = next(iter(tensors.values())).dtype.name
-    config.write_text(json.dumps(model.config.to_hf(dtype), indent=2) + "\n", encoding="utf-8")
-    os.replace(config, folder / CONFIG_FILE)
+    with tempfile.TemporaryDirectory(prefix=".save_decoder.", dir=folder) as temporary:
+        fresh = Path(temporary)
+        write_tensors(fresh, tensors, max_shard_bytes)
+        written = model.config.to_hf(tensors[0].dtype.name)
+        (fresh / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        _replace_files(fresh, folder)
 
 
-def _stored_tensors(name: TensorName, value: NDArray[Any]) -> dict[str, NDArray[Any]]:
+def _pending(path: str, name: TensorName, value: Array) -> Iterator[PendingTensor]:
     """The checkpoint tensors of one parameter."""
-    parts = {tensor: value[index] for tensor, index in _tensors(name, value.shape).items()}
-    return {tensor: np.ascontiguousarray(part.T if name.transpose else part) for tensor, part in parts.items()}
+    if not is_storable(value.dtype):
+        raise ValueError(f"{path}: dtype {value.dtype} cannot be stored in safetensors; wanted a floating point type")
+    for tensor, index in _tensors(name, value.shape).items():
+        axes = range(value.ndim - len(index))
+        order = tuple(reversed(axes)) if name.transpose else tuple(axes)
+        shape = tuple(value.shape[len(index) + axis] for axis in order)
+        yield entry_of(value, tensor, index, order, shape)
+
+
+def _replace_files(fresh: Path, folder: Path) -> None:
+    """Moves the files in, the config last, and removes those of another layout, which readers might take instead."""
+    new = {file.name for file in fresh.iterdir()}
+    for name in sorted(new, key=lambda name: (name == CONFIG_FILE, name == INDEX_FILE, name)):
+        os.replace(fresh / name, folder / name)
+    for file in folder.iterdir():
+        if file.name not in new and (file.name in (SINGLE_FILE, INDEX_FILE) or _SHARD.fullmatch(file.name)):
+            file.unlink()

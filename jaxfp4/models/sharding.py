@@ -1,8 +1,8 @@
 """Where a decoder's parameters live on a mesh: ``tp`` splits heads, MLP widths and vocabulary, ``ep`` splits experts.
 
 Column-parallel kernels (queries, keys, values, gate, up, head) split their outputs, row-parallel ones (attention
-output, down) their contraction, so a layer needs one all-reduce after attention and one after the MLP. Norms and
-routers are replicated.
+output, down) their contraction, so a layer needs one all-reduce after attention and one after the MLP. A bias is
+split with the outputs of its kernel. Norms, routers and the biases of row-parallel kernels are replicated.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ EXPERT_AXIS = "ep"
 
 _COLUMN = PartitionSpec(None, TENSOR_AXIS)
 _ROW = PartitionSpec(TENSOR_AXIS, None)
+_SPLIT = PartitionSpec(TENSOR_AXIS)
 _SPECS: Mapping[str, PartitionSpec] = {
     "q_proj/kernel": _COLUMN,
     "k_proj/kernel": _COLUMN,
@@ -30,6 +31,11 @@ _SPECS: Mapping[str, PartitionSpec] = {
     "gate_proj/kernel": _COLUMN,
     "up_proj/kernel": _COLUMN,
     "down_proj/kernel": _ROW,
+    "q_proj/bias": _SPLIT,
+    "k_proj/bias": _SPLIT,
+    "v_proj/bias": _SPLIT,
+    "gate_proj/bias": _SPLIT,
+    "up_proj/bias": _SPLIT,
     "experts/gate_proj": PartitionSpec(EXPERT_AXIS, None, TENSOR_AXIS),
     "experts/up_proj": PartitionSpec(EXPERT_AXIS, None, TENSOR_AXIS),
     "experts/down_proj": PartitionSpec(EXPERT_AXIS, TENSOR_AXIS, None),

@@ -15,6 +15,8 @@ from jaxfp4.models.hf_layout import assemble
 
 GOLDEN_PLACES = (Path(__file__).parents[3] / "shared" / "golden", Path(__file__).parents[1] / "golden")
 GOLDEN_MODELS = ("tiny_llama", "tiny_qwen3_moe")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def golden(model: str, part: str) -> Path:
@@ -51,6 +53,8 @@ def hf_config(model_type: str = "qwen3_moe", **changes: object) -> dict:
     }
     if model_type == "qwen3_moe":
         config |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    if model_type == "mixtral":
+        config |= {"num_local_experts": 4, "num_experts_per_tok": 2}
     return {key: value for key, value in (config | changes).items() if value is not None}
 
 

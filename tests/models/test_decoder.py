@@ -6,15 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoder_cases import GOLDEN_MODELS, abstract_decoder, auto_mesh, golden, small_config, small_decoder
+from decoder_cases import FAMILIES, GOLDEN_MODELS, abstract_decoder, auto_mesh, golden, small_config, small_decoder
 from flax import nnx
 from jax.sharding import AxisType
 
+import jaxfp4
 from jaxfp4.models import load_decoder, parameter_shapes
-from jaxfp4.models.decoder import rotary, routed_experts
+from jaxfp4.models.decoder import routed_experts
 from jaxfp4.models.hf_layout import assemble
+from jaxfp4.models.rotary import Rotation, plain_frequencies, rotate
 from jaxfp4.models.sharding import shardings
 from jaxfp4.models.train import dense_experts
+from jaxfp4.recipes import Role
 
 forward = jax.jit(lambda model, tokens: model(tokens))
 TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12) % 32
@@ -63,7 +66,7 @@ def test_experts_against_a_loop(experts_fn, routing):
 
 def test_rotary_turns_pairs_by_position():
     x = jax.random.normal(jax.random.key(0), (1, 5, 1, 8))
-    turned = np.asarray(rotary(x, 100.0))[0, :, 0]
+    turned = np.asarray(rotate(x, Rotation(plain_frequencies(100.0, 8))))[0, :, 0]
     plain = np.asarray(x)[0, :, 0]
     for position in range(5):
         for pair in range(4):
@@ -80,6 +83,57 @@ def test_a_token_does_not_change_what_comes_before_it():
     before, after = forward(model, TOKENS), forward(model, changed)
     np.testing.assert_array_equal(np.asarray(before)[:, :7], np.asarray(after)[:, :7])
     assert np.all(np.any(np.asarray(before)[:, 7:] != np.asarray(after)[:, 7:], axis=-1))
+
+
+@pytest.mark.parametrize(("window", "last"), [(1, 7), (3, 9), (12, 11), (None, 11)])
+def test_a_sliding_window_ends_what_a_token_is_seen_by(window, last):
+    model = small_decoder(small_config("mixtral", num_hidden_layers=1, sliding_window=window))
+    changed = TOKENS.copy()
+    changed[:, 7] += 1
+    differs = np.any(np.asarray(forward(model, TOKENS)) != np.asarray(forward(model, changed)), axis=(0, 2))
+    assert np.flatnonzero(differs).tolist() == list(range(7, last + 1))
+
+
+def test_layers_have_windows_of_their_own():
+    window = {"use_sliding_window": True, "sliding_window": 3, "num_hidden_layers": 2}
+    model = small_decoder(small_config("qwen3", max_window_layers=1, **window))
+    assert [layer.attention.window for layer in model.layers] == [None, 3]
+
+
+def test_a_zero_bias_is_none():
+    plain = small_decoder(small_config("llama", num_hidden_layers=1))
+    config = small_config("llama", num_hidden_layers=1, attention_bias=True, mlp_bias=True)
+    values = {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(plain, nnx.Param))}
+    biases = {path: jnp.zeros(shape) for path, shape in parameter_shapes(config).items() if path.endswith("bias")}
+    assert len(biases) == 7
+    found = np.asarray(forward(assemble(config, values | biases), TOKENS))
+    np.testing.assert_array_equal(found, np.asarray(forward(plain, TOKENS)))
+    for path, zeros in biases.items():
+        moved = np.asarray(forward(assemble(config, values | biases | {path: zeros + 0.5}), TOKENS))
+        # A constant added to all keys along a dimension moves the scores only because the keys turn; still it does.
+        assert np.abs(moved - found).max() > 1e-4, path
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_plan_finds_weights_siblings_and_roles(model_type):
+    apply_fn, params = jaxfp4.from_flax(abstract_decoder(small_config(model_type, num_hidden_layers=1)))
+    plan = jaxfp4.plan(apply_fn, params, jax.ShapeDtypeStruct((1, 8), np.int32))
+    weights = {entry.path: entry.weight for entry in plan.entries}
+    shapes = parameter_shapes(small_config(model_type, num_hidden_layers=1))
+    assert set(weights) == {path for path, shape in shapes.items() if len(shape) > 1}
+    groups = [
+        {path.split("/")[3] for path in weight.siblings} for weight in weights.values() if "attention" in weight.path
+    ]
+    assert groups.count({"q_proj", "k_proj", "v_proj"}) == 3 and groups.count({"o_proj"}) == 1
+    roles = {path: weight.role for path, weight in weights.items()}
+    assert roles.pop("embed/embedding") is Role.EMBEDDING and roles.pop("lm_head/kernel") is Role.HEAD
+    if model_type in ("mixtral", "qwen3_moe"):
+        assert roles.pop("layers/0/mlp/router/kernel") is Role.ROUTER
+        assert {role for path, role in roles.items() if "experts" in path} == {Role.EXPERT}
+        assert len(weights["layers/0/mlp/experts/up_proj"].siblings) == 2
+    else:
+        assert len(weights["layers/0/mlp/up_proj/kernel"].siblings) == 2
+    assert {role for path, role in roles.items() if "attention" in path} == {Role.ATTENTION}
 
 
 def test_tied_embeddings_are_the_head():
@@ -180,10 +234,15 @@ def test_a_decoder_is_assembled_from_all_its_parameters():
         assemble(config, values)
 
 
-def test_mesh_does_not_change_the_logits():
-    config = small_config("llama", num_hidden_layers=1)
+@pytest.mark.parametrize(
+    ("model_type", "mesh"),
+    [("llama", {"dp": 2, "tp": 4}), ("qwen2", {"tp": 4}), ("mixtral", {"tp": 2, "ep": 4})],
+    ids=["llama", "qwen2", "mixtral"],
+)
+def test_mesh_does_not_change_the_logits(model_type, mesh):
+    config = small_config(model_type, num_hidden_layers=1)
     model = small_decoder(config)
     values = {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    placement = shardings(config, auto_mesh(dp=2, tp=4))
+    placement = shardings(config, auto_mesh(**mesh))
     sharded = assemble(config, {path: jax.device_put(value, placement[path]) for path, value in values.items()})
     np.testing.assert_allclose(np.asarray(forward(sharded, TOKENS)), np.asarray(forward(model, TOKENS)), atol=1e-5)

@@ -40,6 +40,28 @@ def test_every_parameter_has_its_spec():
     } | {"layers/1/input_norm/scale"}
 
 
+@pytest.mark.parametrize(
+    ("model_type", "settings", "split", "whole"),
+    [
+        ("qwen2", {}, "qkv", ""),
+        ("llama", {"attention_bias": True, "mlp_bias": True}, "qkv gate up", "o down"),
+        ("qwen3_moe", {"attention_bias": True}, "qkv", "o"),
+        ("mixtral", {}, "", ""),
+    ],
+)
+def test_a_bias_is_split_with_the_outputs_of_its_kernel(model_type, settings, split, whole):
+    config = small_config(model_type, num_hidden_layers=1, **settings)
+    specs = {path: spec for path, spec in partition_specs(config).items() if path.endswith("bias")}
+
+    def paths(names):
+        names = names.replace("qkv", "q k v").split()
+        return [f"layers/0/{'mlp' if len(name) > 1 else 'attention'}/{name}_proj/bias" for name in names]
+
+    assert specs == dict.fromkeys(paths(split), P("tp")) | dict.fromkeys(paths(whole), P())
+    shapes = parameter_shapes(config)
+    assert all(shapes[path] == shapes[path.replace("bias", "kernel")][-1:] for path in specs)
+
+
 def test_shapes():
     shapes = parameter_shapes(small_config(mlp_only_layers=[0]))
     assert shapes["embed/embedding"] == (32, 16)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoder_cases import auto_mesh, golden, hf_config, small_config, small_decoder, write_config
+from decoder_cases import FAMILIES, auto_mesh, golden, hf_config, small_config, small_decoder, write_config
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -41,6 +41,43 @@ def test_names():
     assert names["layers/1/mlp/experts/down_proj"] == TensorName(
         "model.layers.1.mlp.experts.{expert}.down_proj", transpose=True
     )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "path", "module", "more"),
+    [
+        ("qwen2", {}, "attention/q_proj/bias", "self_attn.q_proj", {"parameter": "bias"}),
+        ("llama", {"attention_bias": True}, "attention/o_proj/bias", "self_attn.o_proj", {"parameter": "bias"}),
+        ("llama", {"mlp_bias": True}, "mlp/down_proj/bias", "mlp.down_proj", {"parameter": "bias"}),
+        ("qwen3", {}, "attention/k_norm/scale", "self_attn.k_norm", {}),
+        ("mistral", {}, "mlp/up_proj/kernel", "mlp.up_proj", {"transpose": True}),
+        ("mixtral", {}, "mlp/router/kernel", "block_sparse_moe.gate", {"transpose": True}),
+        ("mixtral", {}, "mlp/experts/gate_proj", "block_sparse_moe.experts.{expert}.w1", {"transpose": True}),
+        ("mixtral", {}, "mlp/experts/up_proj", "block_sparse_moe.experts.{expert}.w3", {"transpose": True}),
+        ("mixtral", {}, "mlp/experts/down_proj", "block_sparse_moe.experts.{expert}.w2", {"transpose": True}),
+    ],
+)
+def test_names_of_the_families(model_type, settings, path, module, more):
+    names = checkpoint_names(small_config(model_type, **settings))
+    assert names[f"layers/0/{path}"] == TensorName(f"model.layers.0.{module}", **more)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_survives_the_round_trip_in_shards_onto_a_mesh(model_type, tmp_path):
+    """From files of bfloat16 with an index, each device reading its own part: the same bits."""
+    model = small_decoder(small_config(model_type), jnp.bfloat16)
+    save_decoder(model, tmp_path, max_shard_bytes=4000)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 3 and not (tmp_path / "model.safetensors").exists()
+    assert all(file.stat().st_size < 4000 + 2000 for file in files)
+    again = load_decoder(tmp_path, mesh=auto_mesh(tp=2, ep=2), dtype=jnp.float32)
+    assert again.config == model.config
+    after = flat(again)
+    for path, value in flat(model).items():
+        np.testing.assert_array_equal(np.asarray(value, np.float32), np.asarray(after[path]))
+    for path in after:
+        if path.endswith(("q_proj/kernel", "q_proj/bias")):
+            assert {shard.data.shape[-1] for shard in after[path].addressable_shards} == {16}
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen3_moe"])
@@ -115,6 +152,52 @@ def test_saving_replaces_and_leaves_nothing_else(folder):
     assert load_decoder(folder).config.model_type == "llama"
 
 
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_saving_in_another_layout_removes_the_files_of_the_earlier_one(tmp_path):
+    config = small_config("llama", num_hidden_layers=1)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    before = flat(small_decoder(config))
+    names = {}
+    for limit in (2000, None, 4000):
+        save_decoder(small_decoder(config), tmp_path, max_shard_bytes=limit)
+        names[limit] = sorted(file.name for file in tmp_path.iterdir())
+        for path, leaf in flat(load_decoder(tmp_path)).items():
+            np.testing.assert_array_equal(np.asarray(leaf), np.asarray(before[path]))
+    assert names[None] == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert len(names[2000]) > len(names[4000]) > 4
+    assert {"model.safetensors.index.json", "tokenizer.json"} <= set(names[2000]) & set(names[4000])
+
+
+def test_a_failure_leaves_the_earlier_checkpoint(folder, monkeypatch):
+    before = contents(folder)
+
+    def full(directory, tensors, max_shard_bytes):
+        (directory / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf_layout, "write_tensors", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_decoder(small_decoder(), folder)
+    assert contents(folder) == before and len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("limit", [0, 1.5, True, "5GB"])
+def test_max_shard_bytes_is_checked(limit, tmp_path):
+    with pytest.raises(ValueError, match=f"^max_shard_bytes is {limit!r}, wanted a positive integer, or None"):
+        save_decoder(small_decoder(), tmp_path / "new", max_shard_bytes=limit)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_type_that_cannot_be_stored(tmp_path):
+    config = small_config("llama", num_hidden_layers=1)
+    values = {path: jnp.zeros(shape, jnp.int4) for path, shape in parameter_shapes(config).items()}
+    with pytest.raises(ValueError, match=r"^embed/embedding: dtype int4 cannot be stored in safetensors; wanted a"):
+        save_decoder(assemble(config, values), tmp_path / "new")
+
+
 def _rewrite(folder, change):
     """Replaces model.safetensors by `change` of its tensors."""
     checkpoint = open_checkpoint(folder)
@@ -148,6 +231,27 @@ def test_tensors_that_do_not_fit(folder, change, message):
     _rewrite(folder, change)
     with pytest.raises(ValueError, match="^" + re.escape(f"{folder}: {message}")):
         load_decoder(folder)
+
+
+def test_stored_rotary_frequencies_are_passed_over(folder):
+    before = flat(load_decoder(folder))
+    names = ["model.rotary_emb.inv_freq", "model.layers.1.self_attn.rotary_emb.inv_freq"]
+    _rewrite(folder, lambda t: t | {name: np.ones(4, np.float32) for name in names})
+    for path, leaf in flat(load_decoder(folder)).items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(before[path]))
+
+
+def test_a_tied_head_that_is_stored_must_equal_the_embeddings(tmp_path):
+    config = small_config("llama", tie_word_embeddings=True, vocab_size=2500, num_hidden_layers=1)
+    save_decoder(small_decoder(config), tmp_path)
+    assert "lm_head.weight" not in open_checkpoint(tmp_path).names()
+    _rewrite(tmp_path, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"]})
+    assert "lm_head/kernel" not in flat(load_decoder(tmp_path))
+    message = re.escape(f"{tmp_path}: tensor 'lm_head.weight' differs from 'model.embed_tokens.weight', but tie_word_")
+    for head in (lambda table: np.vstack([table[:-1], table[:1]]), lambda table: table[:-1]):
+        _rewrite(tmp_path, lambda t, head=head: t | {"lm_head.weight": head(t["model.embed_tokens.weight"])})
+        with pytest.raises(ValueError, match="^" + message):
+            load_decoder(tmp_path)
 
 
 def test_a_truncated_file(folder):
