@@ -18,6 +18,7 @@ from jaxfp4.algorithms.activation_scales import activation_amax
 from jaxfp4.algorithms.inputs import leaves_for, marks_for, tracked_inputs
 from jaxfp4.formats import LeafError
 from jaxfp4.recipes.plan import Plan, PlannedWeight
+from jaxfp4.tensors.fp8_tensor import fp8_scale_of
 from jaxfp4.tensors.quantize import global_scale_of
 from jaxfp4.transform.evaluate import evaluate
 from jaxfp4.transform.histogram import merged
@@ -96,10 +97,10 @@ def tracked_progress(items: Iterable[Any], task: str, progress: bool) -> Iterabl
 def input_scales(plan: Plan, stats: Mapping[str, Mapping[str, Array]] | None) -> dict[str, Array]:
     """By path, the float32 global scale of each weight's activation: `[]`, or `[L]` for a stack of layers.
 
-    A global amax divided by 2688: by default the largest magnitude over experts and siblings, else what the method's
-    `activations` make of all experts' block amaxes, the largest over siblings. Without statistics there are none; what
-    the plan does not use of them is ignored, so one calibration serves several recipes. Raises ValueError for
-    statistics of another model, and `LeafError` where they hold NaN or Inf, or only zeros for a layer.
+    A global amax divided by 2688, by 448 for FP8: by default the largest magnitude over experts and siblings, else what
+    the method's `activations` make of all experts' block amaxes, the largest over siblings. Without statistics there
+    are none; what the plan does not use of them is ignored, so one calibration serves several recipes. Raises
+    ValueError for statistics of another model, and `LeafError` where they hold NaN or Inf, or only zeros for a layer.
     """
     if stats is None:
         return {}
@@ -120,7 +121,7 @@ def input_scales(plan: Plan, stats: Mapping[str, Mapping[str, Array]] | None) ->
                 f"{entry.path}: its activations were all zero{where} in calibration: wanted some data to reach it; "
                 "calibrate on other batches, or leave its activations unquantized with a W4A16 rule"
             )
-        scales[entry.path] = global_scale_of(amax)
+        scales[entry.path] = fp8_scale_of(amax) if entry.is_fp8 else global_scale_of(amax)
     return scales
 
 

@@ -10,18 +10,18 @@ import jax
 import numpy as np
 
 from jaxfp4.formats import LeafError, path_string
-from jaxfp4.tensors import NVFP4Tensor, QuantizedWeight
+from jaxfp4.tensors import FP8Tensor, NVFP4Tensor, QuantizedTensor, QuantizedWeight
 
 _Field = tuple[np.ndarray, dict[int, int]]
 """An array, and for each of its axes that runs over separate weights, which number of an index belongs to it."""
 
 
 def digest(qparams: Any, *, inputs: bool = False) -> str:
-    """SHA-256 in hexadecimal over packed codes, block scales and global scales, and with `inputs` also input scales.
+    """SHA-256 in hexadecimal over codes, block scales and global scales, and with `inputs` also input scales.
 
     Bytes are taken in path order, and within a weight layer by layer where it has separate global scales. Numbers in a
     path sort after its names, so that layers stacked for a scan give the digest of layers kept apart. Equal for every
-    sharding; leaves that are no `QuantizedWeight` or `NVFP4Tensor` do not count. Weights are brought to the host one at
+    sharding; leaves that are not quantized do not count. Weights are brought to the host one at
     a time.
 
     Raises `LeafError` for a weight whose shards this process does not hold all, ValueError if nothing is quantized.
@@ -44,16 +44,17 @@ def digest(qparams: Any, *, inputs: bool = False) -> str:
 
 
 def weights(qparams: Any) -> dict[str, QuantizedWeight]:
-    """The quantized weights of a tree by path; a bare `NVFP4Tensor` counts as one without input scale.
+    """The quantized weights of a tree by path; a bare `NVFP4Tensor` or `FP8Tensor` counts as one
+    without input scale.
 
     >>> import jax.numpy as jnp, jaxfp4
     >>> weights({"layers": [{"kernel": jaxfp4.quantize(jnp.ones((16, 2)))}], "bias": jnp.zeros(2)})
     {'layers/0/kernel': QuantizedWeight(NVFP4Tensor(shape=(16, 2), axis=-2, dtype=float32, 5.50 bits/value))}
     """
-    kinds = (QuantizedWeight, NVFP4Tensor)
+    kinds = (QuantizedWeight, NVFP4Tensor, FP8Tensor)
     leaves = jax.tree_util.tree_leaves_with_path(qparams, is_leaf=lambda x: isinstance(x, kinds))
     found = {path_string(keys): value for keys, value in leaves if isinstance(value, kinds)}
-    return {path: QuantizedWeight(v) if isinstance(v, NVFP4Tensor) else v for path, v in found.items()}
+    return {path: QuantizedWeight(v) if isinstance(v, QuantizedTensor) else v for path, v in found.items()}
 
 
 def _separate_axes(weight: QuantizedWeight) -> list[int]:
@@ -76,10 +77,13 @@ def _sort_key(path: str, index: tuple[int, ...]) -> tuple[tuple[str, ...], tuple
 def _fetch(path: str, weight: QuantizedWeight, inputs: bool) -> list[_Field]:
     """The arrays that count, on the host."""
     tensor, axes = weight.weight, _separate_axes(weight)
-    merged = tensor.blocking.axes[:-1] if tensor.blocking.merged else ()
-    places = {axis - sum(m < axis for m in merged): i for i, axis in enumerate(axes)}
     unmerged = {axis: i for i, axis in enumerate(axes)}
-    fields = [(tensor.packed, places), (tensor.scales, places), (tensor.global_scale, unmerged)]
+    if isinstance(tensor, FP8Tensor):
+        fields = [(tensor.values, unmerged), (tensor.global_scale, unmerged)]
+    else:
+        merged = tensor.blocking.axes[:-1] if tensor.blocking.merged else ()
+        places = {axis - sum(m < axis for m in merged): i for i, axis in enumerate(axes)}
+        fields = [(tensor.packed, places), (tensor.scales, places), (tensor.global_scale, unmerged)]
     if inputs and weight.input_scale is not None:
         fields.append((weight.input_scale, _input_places(weight.input_scale.shape, _sizes(weight))))
     for field, _ in fields:

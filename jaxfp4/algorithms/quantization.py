@@ -21,7 +21,7 @@ from jaxfp4.algorithms.moments import moments_for
 from jaxfp4.formats import LeafError
 from jaxfp4.formats.errors import leaf as naming_leaf
 from jaxfp4.recipes.plan import Plan, PlannedWeight
-from jaxfp4.tensors import QuantizedWeight, global_amax, quantize_unchecked
+from jaxfp4.tensors import QuantizedWeight, global_amax, quantize_fp8, quantize_unchecked
 from jaxfp4.tensors.hadamard import hadamard
 
 
@@ -67,7 +67,11 @@ def quantize_weights(plan: Plan, arrays: Mapping[str, Array], used: Stats | None
 def _quantized(
     plan: Plan, entry: PlannedWeight, w: Array, amax: Array, divisor: int, stats: Stats | None
 ) -> QuantizedWeight:
-    """One weight in NVFP4, after what its method does to its channels."""
+    """One weight in its format, after what its method does to its channels."""
+    if entry.is_fp8:
+        with naming_leaf(entry.path):
+            values = quantize_fp8(w, entry.weight.contracted, amax=amax)
+        return QuantizedWeight(dataclasses.replace(values, dtype=np.dtype(entry.weight.dtype)))
     method = entry.method
     form = max(method.scales.moments, method.rounding.moments, key=lambda form: form.value)
     with naming_leaf(entry.path):

@@ -19,7 +19,7 @@ from jaxfp4.algorithms.quantization import quantize_weights
 from jaxfp4.algorithms.simulation import quantize_activation
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.recipes.recipe import Scheme
-from jaxfp4.tensors import QuantizedWeight
+from jaxfp4.tensors import NVFP4Tensor, QuantizedTensor, QuantizedWeight
 from jaxfp4.tensors.mesh import replicated_beside
 from jaxfp4.transform.evaluate import evaluate
 from jaxfp4.transform.scope import Hooks
@@ -234,8 +234,9 @@ def _stacked(entry: PlannedWeight, layers: Mapping[Index, QuantizedWeight]) -> Q
     results = [layers[index] for index in sorted(layers)]
 
     rank = len(weight.shape)
+    first = results[0].weight
     # Merged contraction axes are one in packed codes and scales.
-    lost = weight.contracted[:-1] if results[0].weight.blocking.merged else ()
+    lost = weight.contracted[:-1] if isinstance(first, NVFP4Tensor) and first.blocking.merged else ()
     places = [a - sum(merged < a for merged in lost) for a in weight.layer_axes]
 
     def in_front(*parts: Array) -> Array:
@@ -246,10 +247,10 @@ def _stacked(entry: PlannedWeight, layers: Mapping[Index, QuantizedWeight]) -> Q
 
     tensors = [result.weight for result in results]
     scales = [t.global_scale.reshape(t.global_scale.shape or (1,) * (rank - len(sizes))) for t in tensors]
+    # Global scales have the layer axes of the parameter, the other arrays perhaps fewer axes.
+    codes: QuantizedTensor = jax.tree.map(in_place, *map(_without_global_scale, tensors))
     tensor = dataclasses.replace(
-        tensors[0],
-        packed=in_place(*(t.packed for t in tensors)),
-        scales=in_place(*(t.scales for t in tensors)),
+        codes,
         global_scale=jnp.moveaxis(in_front(*scales), range(len(sizes)), weight.layer_axes),
         axes=tuple(a - rank for a in weight.contracted),
     )
@@ -263,3 +264,7 @@ def _without_channels(plan: Plan) -> Plan:
     """The plan of parameters whose channels are scaled already."""
     entries = [dataclasses.replace(e, method=dataclasses.replace(e.method, channels=None)) for e in plan.entries]
     return dataclasses.replace(plan, entries=tuple(entries), folding=None, folding_digest="")
+
+
+def _without_global_scale(tensor: QuantizedTensor) -> QuantizedTensor:
+    return dataclasses.replace(tensor, global_scale=None)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from jax import Array
 from jaxfp4.algorithms.inputs import leaves_for, marks_for, tracked_inputs
 from jaxfp4.recipes.plan import Plan, Scheme
 from jaxfp4.tensors.cache_rounding import fake_quantize_cache
+from jaxfp4.tensors.fp8_tensor import fake_quantize_fp8
 from jaxfp4.tensors.quantize import fake_quantize, fake_quantize_with_scale
 from jaxfp4.transform.evaluate import evaluate
 from jaxfp4.transform.marks import Mark
@@ -22,17 +23,19 @@ from jaxfp4.transform.trace import ApplyFn, trace
 
 
 def quantized(apply_fn: ApplyFn, plan: Plan) -> Callable[..., Any]:
-    """A jitted `(qparams, *args) -> outputs`: `apply_fn` with quantized weights and, for W4A4, quantized activations.
+    """A jitted `(qparams, *args) -> outputs`: `apply_fn` with quantized weights and, for W4A4 and W8A8, activations.
 
     Weights are dequantized where they are contracted, layer by layer in a scan. Activations are quantized along the
-    contraction with the calibrated input scale and dequantized before the product, with a straight-through gradient; a
-    W4A4 weight without input scale takes the amax of the activation at hand. Keys and values are quantized where they
+    contraction with the calibrated input scale and dequantized before the product, with a straight-through gradient;
+    without input scale a weight takes the amax of the activation at hand. Keys and values are quantized where they
     are marked, as the recipe's `kv_cache` says. Nothing else changes.
     """
     schemes = {entry.weight.leaf: entry.scheme for entry in plan.quantized}
 
     def replace_activation(meeting: Meeting) -> Array:
         activation = meeting.rotated(_pre_scaled(meeting))
+        if schemes[meeting.leaf] is Scheme.W8A8:
+            return fake_quantize_fp8(activation, meeting.weight.scale("input_scale"))
         if schemes[meeting.leaf] is not Scheme.W4A4:
             return activation
         return quantize_activation(activation, meeting.activation_dimensions, meeting.weight.scale("input_scale"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import importlib.metadata
 import json
 import pathlib
@@ -19,9 +20,9 @@ COMPRESSED_TENSORS = "compressed-tensors"
 FORMATS = (MODELOPT, COMPRESSED_TENSORS)
 
 _QUANTIZATION = "quantization_config"
-_PACK_FORMAT = "nvfp4-pack-quantized"
+_PACK_FORMAT, _FLOAT_FORMAT, _MIXED_FORMAT = "nvfp4-pack-quantized", "float-quantized", "mixed-precision"
 _FP8_KV_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
-_COMPRESSED_KV_SCHEME = {
+_COMPRESSED_FP8 = {
     "num_bits": 8,
     "type": "float",
     "strategy": "tensor",
@@ -31,21 +32,38 @@ _COMPRESSED_KV_SCHEME = {
 _KV_SCHEMES: Mapping[CacheFormat, object] = {CacheFormat.FP8: _FP8_KV_SCHEME, CacheFormat.NVFP4: "NVFP4"}
 
 
+class Kind(enum.Enum):
+    """What a quantized module stores, by Model-Optimizer's name for it."""
+
+    W4A4 = "NVFP4"
+    """NVFP4 weights with an input scale."""
+    W4A16 = "W4A16_NVFP4"
+    """NVFP4 weights without."""
+    FP8 = "FP8"
+    """E4M3 weights with one scale, and an input scale."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Modules:
-    """The checkpoint's modules by what was done to them, each list sorted."""
+    """The checkpoint's modules by what was done to them."""
 
-    w4a4: list[str]
-    """NVFP4 weights with an input scale."""
-
-    w4a16: list[str]
-    """NVFP4 weights without."""
+    quantized: Mapping[str, Kind]
+    """What the weight of each module became."""
 
     excluded: list[str]
-    """Not quantized, with a parameter of at least two dimensions."""
+    """Not quantized, with a parameter of at least two dimensions; sorted."""
 
     cache: CacheFormat | None = None
     """How keys and values are stored, where it is known."""
+
+    def of(self, kind: Kind) -> list[str]:
+        """The modules of one kind, sorted."""
+        return sorted(module for module, found in self.quantized.items() if found is kind)
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The kinds that there are."""
+        return [kind for kind in Kind if kind in self.quantized.values()]
 
 
 def config_files(modules: Modules, source: Mapping[str, Any] | None, file_format: str) -> dict[str, dict[str, Any]]:
@@ -126,23 +144,13 @@ def _producer() -> dict[str, str]:
 
 
 def _modelopt(modules: Modules, kv_scheme: object) -> dict[str, Any]:
-    quantized_layers: dict[str, Any] = {}
-    if modules.w4a4 and modules.w4a16:
+    kinds = modules.kinds
+    algorithm, quantized_layers = kinds[0].value, {}
+    if len(kinds) > 1:
         algorithm = "MIXED_PRECISION"
-        for name in sorted([*modules.w4a4, *modules.w4a16]):
-            quantized_layers[name] = {"quant_algo": "W4A16_NVFP4", "group_size": BLOCK_SIZE}
-        for name in modules.w4a4:
-            quantized_layers[name]["quant_algo"] = "NVFP4"
-    else:
-        algorithm = "NVFP4" if modules.w4a4 else "W4A16_NVFP4"
-    values = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK_SIZE}
-    groups = []
-    if modules.w4a4:
-        groups.append({"input_activations": dict(values), "weights": dict(values)})
-    if modules.w4a16:
-        groups.append({"weights": dict(values)})
+        quantized_layers = {name: _layer(kind) for name, kind in sorted(modules.quantized.items())}
     return {
-        "config_groups": _with_targets(groups, modules),
+        "config_groups": _with_targets([_group(kind) for kind in kinds], modules),
         **({"quantized_layers": quantized_layers} if quantized_layers else {}),
         "ignore": modules.excluded,
         "quant_algo": algorithm,
@@ -152,7 +160,35 @@ def _modelopt(modules: Modules, kv_scheme: object) -> dict[str, Any]:
     }
 
 
+def _layer(kind: Kind) -> dict[str, Any]:
+    return {"quant_algo": kind.value, **({} if kind is Kind.FP8 else {"group_size": BLOCK_SIZE})}
+
+
+def _group(kind: Kind) -> dict[str, Any]:
+    if kind is Kind.FP8:
+        values: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    else:
+        values = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK_SIZE}
+    return {**({} if kind is Kind.W4A16 else {"input_activations": dict(values)}), "weights": dict(values)}
+
+
 def _compressed_tensors(modules: Modules) -> dict[str, Any]:
+    groups = [_compressed_group(kind) for kind in modules.kinds]
+    formats = {group["format"] for group in groups}
+    return {
+        "config_groups": _with_targets(groups, modules),
+        "format": formats.pop() if len(formats) == 1 else _MIXED_FORMAT,
+        "ignore": modules.excluded,
+        "kv_cache_scheme": None if modules.cache is None else dict(_COMPRESSED_FP8),
+        "quant_method": COMPRESSED_TENSORS,
+        "quantization_status": "compressed",
+    }
+
+
+def _compressed_group(kind: Kind) -> dict[str, Any]:
+    if kind is Kind.FP8:
+        both = {"weights": dict(_COMPRESSED_FP8), "input_activations": dict(_COMPRESSED_FP8)}
+        return {**both, "output_activations": None, "format": _FLOAT_FORMAT}
     weights = {
         "num_bits": 4,
         "type": "float",
@@ -162,26 +198,13 @@ def _compressed_tensors(modules: Modules) -> dict[str, Any]:
         "dynamic": False,
         "scale_dtype": "torch.float8_e4m3fn",
     }
-    inputs = {**weights, "dynamic": "local", "observer": "static_minmax"}
-    rest = {"output_activations": None, "format": _PACK_FORMAT}
-    groups: list[dict[str, Any]] = []
-    if modules.w4a4:
-        groups.append({"weights": dict(weights), "input_activations": inputs, **rest})
-    if modules.w4a16:
-        groups.append({"weights": dict(weights), "input_activations": None, **rest})
-    return {
-        "config_groups": _with_targets(groups, modules),
-        "format": _PACK_FORMAT,
-        "ignore": modules.excluded,
-        "kv_cache_scheme": None if modules.cache is None else dict(_COMPRESSED_KV_SCHEME),
-        "quant_method": COMPRESSED_TENSORS,
-        "quantization_status": "compressed",
-    }
+    inputs = {**weights, "dynamic": "local", "observer": "static_minmax"} if kind is Kind.W4A4 else None
+    return {"weights": weights, "input_activations": inputs, "output_activations": None, "format": _PACK_FORMAT}
 
 
 def _with_targets(groups: list[dict[str, Any]], modules: Modules) -> dict[str, Any]:
     """`group_0`, ..: one group is about all linear layers, several name their modules."""
-    targets = [modules.w4a4, modules.w4a16] if len(groups) > 1 else [["Linear"]]
+    targets = [modules.of(kind) for kind in modules.kinds] if len(groups) > 1 else [["Linear"]]
     return {
         f"group_{i}": {**group, "targets": names} for i, (group, names) in enumerate(zip(groups, targets, strict=True))
     }

@@ -15,6 +15,7 @@ from jaxfp4.checkpoints import writer
 from jaxfp4.checkpoints.configs import (
     COMPRESSED_TENSORS,
     FORMATS,
+    Kind,
     Modules,
     cache_module,
     config_files,
@@ -23,9 +24,9 @@ from jaxfp4.checkpoints.configs import (
 from jaxfp4.checkpoints.names import TensorName, refuse_unmatched, resolve_name
 from jaxfp4.checkpoints.pending import PendingTensor, entry_of, is_storable, on_every_host
 from jaxfp4.checkpoints.processes import write_checkpoint
-from jaxfp4.checkpoints.stored import SUFFIXES, joined
+from jaxfp4.checkpoints.stored import FP8_INPUT_SCALE, FP8_SCALE, SUFFIXES, joined
 from jaxfp4.formats import BLOCK_SIZE, LeafError, fp8, path_string
-from jaxfp4.tensors import NVFP4Tensor, QuantizedWeight
+from jaxfp4.tensors import FP8Tensor, NVFP4Tensor, QuantizedTensor, QuantizedWeight
 from jaxfp4.tensors.cache import CacheAmax, CacheFormat
 
 _E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -50,7 +51,8 @@ def export_checkpoint(
     holds also has `MODULE.k_scale` or `MODULE.v_scale` float32 `[]`, amax / 448 for FP8 and for NVFP4. With
     `format="compressed-tensors"` they are `weight_packed`, `weight_scale`, `weight_global_scale` float32 `[1]` and
     `input_global_scale`, the last two IEEE float32 reciprocals, and for the cache `k_scale` and `v_scale` of the
-    module above. Other arrays keep dtype and shape.
+    module above. An FP8 weight is `MODULE.weight` float8_e4m3fn `[N, K]`, `weight_scale` and `input_scale`, multipliers
+    in both formats. Other arrays keep dtype and shape.
 
     Args:
         qparams: arrays of JAX, on any mesh, or of numpy.
@@ -103,7 +105,7 @@ def _tensors_of(
     refuse_unmatched(names, [path for path, _ in leaves])
     owners: dict[str, str] = {}
     tensors: list[PendingTensor] = []
-    quantized: dict[str, bool] = {}
+    kinds: dict[str, Kind] = {}
     cache_formats: dict[CacheFormat, str] = {}
     excluded: set[str] = set()
     for path, leaf in leaves:
@@ -112,7 +114,7 @@ def _tensors_of(
             if leaf.cache is not None:
                 cache_formats[leaf.cache.format] = path
             name = resolve_name(path, leaf.weight.shape, names.get(path), quantized=True)
-            quantized.update((module, leaf.input_scale is not None) for _, module in name.modules(leaf.weight.shape))
+            kinds.update((module, _kind(leaf)) for _, module in name.modules(leaf.weight.shape))
             new = list(_quantized_tensors(path, leaf, name, file_format))
         else:
             array = _whole_array(path, leaf)
@@ -128,12 +130,16 @@ def _tensors_of(
                 )
             owners[tensor.name] = path
         tensors += new
-    if not quantized:
+    if not kinds:
         raise ValueError("qparams holds no QuantizedWeight: wanted at least one; quantize the parameters first")
-    with_inputs = sorted(module for module, inputs in quantized.items() if inputs)
-    without_inputs = sorted(module for module, inputs in quantized.items() if not inputs)
     cache = _only_cache_format(cache_formats, file_format)
-    return tensors, Modules(with_inputs, without_inputs, sorted(excluded - set(quantized)), cache)
+    return tensors, Modules(kinds, sorted(excluded - set(kinds)), cache)
+
+
+def _kind(leaf: QuantizedWeight) -> Kind:
+    if isinstance(leaf.weight, FP8Tensor):
+        return Kind.FP8
+    return Kind.W4A16 if leaf.input_scale is None else Kind.W4A4
 
 
 def _only_cache_format(found: Mapping[CacheFormat, str], file_format: str) -> CacheFormat | None:
@@ -155,6 +161,11 @@ def _only_cache_format(found: Mapping[CacheFormat, str], file_format: str) -> Ca
 def _refuse_unservable(path: str, leaf: QuantizedWeight) -> None:
     weight = leaf.weight
     length = int(np.prod(weight.sizes))
+    if isinstance(weight, FP8Tensor) and leaf.input_scale is None:
+        raise LeafError(
+            f"{path}: is FP8 without an input scale, which serving engines need: wanted one; quantize with the "
+            "statistics of a calibration"
+        )
     if length % BLOCK_SIZE or not length:
         raise LeafError(
             f"{path}: contraction of {length} values: wanted a positive multiple of {BLOCK_SIZE}, as serving engines "
@@ -202,13 +213,23 @@ def _quantized_tensors(path: str, leaf: QuantizedWeight, name: TensorName, file_
     length = int(np.prod(weight.sizes))
     rows = int(np.prod(weight.shape[stacked:], dtype=np.int64)) // length
     stack = weight.shape[:stacked]
-    packed, scales = (rows, length // 2), (rows, length // BLOCK_SIZE)
     compressed = file_format == COMPRESSED_TENSORS
+    cached = _cache_scales(path, leaf.cache, stack)
+    if isinstance(weight, FP8Tensor):
+        factors = {FP8_SCALE: weight.global_scale, FP8_INPUT_SCALE: leaf.input_scale}
+        numbers = {last: _scalars(path, last, v, stack) for last, v in factors.items() if v is not None}
+        for index, module in name.modules(weight.shape):
+            yield entry_of(weight.values, joined(module, "weight"), index, order, (rows, length))
+            for last, values in numbers.items():
+                yield _scalar_tensor(joined(module, last), values[index], compressed)
+            for last, values in cached.items():
+                yield _scalar_tensor(joined(cache_module(file_format, module), last), values[index], compressed)
+        return
+    packed, scales = (rows, length // 2), (rows, length // BLOCK_SIZE)
     suffixes = SUFFIXES[file_format]
     scalars = {suffixes.global_scale: _scalars(path, "global scale", weight.global_scale, stack)}
     if leaf.input_scale is not None:
         scalars[suffixes.input_scale] = _scalars(path, "input scale", leaf.input_scale, stack)
-    cached = _cache_scales(path, leaf.cache, stack)
     for index, module in name.modules(weight.shape):
         yield entry_of(weight.packed, joined(module, suffixes.packed), index, order, packed)
         yield entry_of(weight.scales, joined(module, suffixes.scales), index, order, scales)
@@ -230,10 +251,10 @@ def _cache_scales(path: str, cache: CacheAmax | None, stack: tuple[int, ...]) ->
     }
 
 
-def _matrix_order(path: str, weight: NVFP4Tensor, stacked: int, name: TensorName) -> list[int]:
-    """The axes of `packed` behind the stacked ones, outputs first and the contraction last."""
-    ndim = weight.packed.ndim - stacked
-    merged = weight.packed.ndim < len(weight.shape)
+def _matrix_order(path: str, weight: QuantizedTensor, stacked: int, name: TensorName) -> list[int]:
+    """The axes of the codes behind the stacked ones, outputs first and the contraction last."""
+    merged = isinstance(weight, NVFP4Tensor) and weight.blocking.merged
+    ndim = len(weight.shape) - stacked - (len(weight.axes) - 1 if merged else 0)
     contraction = [ndim + axis for axis in (weight.axes[-1:] if merged else weight.axes)]
     if len(weight.shape) - stacked + weight.axes[0] < 0:
         raise LeafError(

@@ -12,9 +12,9 @@ import numpy as np
 from jaxfp4.checkpoints.load_params import load_params
 from jaxfp4.checkpoints.names import TensorName
 from jaxfp4.checkpoints.placement import Placed, Placement, Shardings, place
-from jaxfp4.checkpoints.stored import StoredWeight, joined, open_quantized
+from jaxfp4.checkpoints.stored import StoredFP8, StoredWeight, joined, open_quantized
 from jaxfp4.recipes.plan import Plan
-from jaxfp4.tensors import NVFP4Tensor, QuantizedWeight
+from jaxfp4.tensors import FP8Tensor, NVFP4Tensor, QuantizedWeight
 
 
 def load_checkpoint(
@@ -30,7 +30,8 @@ def load_checkpoint(
     The result is a nested dict whose keys are the components of the tensor names, so a leaf's path with '/' replaced by
     '.' is its name: `tree["model"]["layers"]["0"]["mlp"]["up_proj"]["weight"]`. A quantized module's `weight` is a
     `QuantizedWeight`: an `NVFP4Tensor` of shape `[N, K]` with contraction axis -1, `input_scale` float32 `[]` or None,
-    and `pre_scale` `[K]` if the file has a `pre_quant_scale`. Its dtype is what config.json calls `dtype` or
+    and `pre_scale` `[K]` if the file has a `pre_quant_scale`; FP8 weights with one scale are `QuantizedWeight`s of an
+    `FP8Tensor`. Its dtype is what config.json calls `dtype` or
     `torch_dtype`; without that, or with another than float32, bfloat16 and float16, it is float32. All other tensors,
     `k_scale` and `v_scale` too, are plain arrays as stored; those with 64-bit numbers stay numpy arrays unless JAX has
     x64 enabled.
@@ -80,7 +81,11 @@ def load_checkpoint(
         name = joined(module, "weight")
         weight = _weight(stored.weight(module), placement.of(_path(name)), stored.weight_dtype)
         _insert(tree, stored.directory, name, weight)
-    for name in sorted(stored.plain):
+    for module in sorted(stored.fp8_modules):
+        name = joined(module, "weight")
+        weight = _fp8(stored.fp8_weight(module), placement.of(_path(name)), stored.weight_dtype)
+        _insert(tree, stored.directory, name, weight)
+    for name in sorted(stored.plain - stored.fp8_parts(stored.fp8_modules)):
         _insert(tree, stored.directory, name, place(stored.tensors.tensor(name), placement.of(_path(name))))
     placement.refuse_unused()
     return tree
@@ -101,6 +106,14 @@ def _weight(stored: StoredWeight, placed: Placed, dtype: np.dtype) -> QuantizedW
     input_scale = None if stored.input_scale is None else place(np.asarray(stored.input_scale), beside)
     pre_scale = None if stored.pre_scale is None else place(stored.pre_scale, beside)
     return QuantizedWeight(weight, input_scale, pre_scale)
+
+
+def _fp8(stored: StoredFP8, placed: Placed, dtype: np.dtype) -> QuantizedWeight:
+    beside = placed.fit(stored.shape).replicated()
+    weight = FP8Tensor(place(stored.values, placed), place(np.asarray(stored.scale), beside), (-1,), dtype)
+    return QuantizedWeight(
+        weight, None if stored.input_scale is None else place(np.asarray(stored.input_scale), beside)
+    )
 
 
 def _path(name: str) -> str:

@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding, Sharding
 from jaxfp4.checkpoints.configs import cache_format, cache_module
 from jaxfp4.checkpoints.names import TensorName, refuse_unmatched, resolve_name
 from jaxfp4.checkpoints.placement import Placed, Placement, Shardings, place, place_parts
-from jaxfp4.checkpoints.stored import StoredCheckpoint, StoredWeight, joined
+from jaxfp4.checkpoints.stored import StoredCheckpoint, joined
 from jaxfp4.formats import BLOCK_SIZE, LeafError, fp8
 from jaxfp4.recipes.plan import Plan, PlannedWeight
-from jaxfp4.tensors import NVFP4Tensor, QuantizedWeight
+from jaxfp4.tensors import FP8Tensor, NVFP4Tensor, QuantizedWeight
 from jaxfp4.tensors.blocks import Blocking
 from jaxfp4.tensors.cache import CacheAmax, CacheFormat
 from jaxfp4.tensors.mesh import blockwise_sharding
@@ -43,9 +43,10 @@ def load_params(
         stack = dict(name.modules(tuple(like.shape)))
         placed = placement.of(path)
         if entry is not None and entry.quantized:
-            _refuse_missing(stored, path, stack)
-            used |= stored.parts(stack.values())
-            values.append(_quantized(stored, plan, entry, stack, placed))
+            _refuse_missing(stored, entry, stack)
+            parts = stored.fp8_parts if entry.is_fp8 else stored.parts
+            used |= parts(stack.values())
+            values.append((_fp8 if entry.is_fp8 else _nvfp4)(stored, plan, entry, stack, placed))
             used |= {name for module in stack.values() for name in _cache_names(stored, module).values()}
         else:
             used |= {joined(module, name.parameter) for module in stack.values()}
@@ -78,11 +79,12 @@ def _shardings_of(paths: Sequence[str], values: Sequence[Any]) -> dict[str, Shar
     return {path: sharding for path, sharding in found.items() if isinstance(sharding, NamedSharding)}
 
 
-def _refuse_missing(stored: StoredCheckpoint, path: str, stack: Stack) -> None:
+def _refuse_missing(stored: StoredCheckpoint, entry: PlannedWeight, stack: Stack) -> None:
+    modules, kind = (stored.fp8_modules, "FP8") if entry.is_fp8 else (stored.modules, "NVFP4")
     for module in stack.values():
-        if module not in stored.modules:
+        if module not in modules:
             raise LeafError(
-                f"{path}: {stored.directory} has no quantized weight {module!r}: wanted one by the plan; correct "
+                f"{entry.path}: {stored.directory} has no {kind} weight {module!r}: wanted one by the plan; correct "
                 "names, or make the plan with the recipe of the checkpoint"
             )
 
@@ -100,7 +102,7 @@ def _plain(stored: StoredCheckpoint, path: str, like: Any, name: TensorName, sta
                 f"{path}: {stored.directory} has no tensor {tensor!r}: wanted one for it; correct names, or make the "
                 "plan with the recipe of the checkpoint"
             )
-        if module in stored.modules and name.parameter == "weight":
+        if module in stored.modules | stored.fp8_modules and name.parameter == "weight":
             raise LeafError(
                 f"{path}: {tensor!r} of {stored.directory} is quantized, but the plan keeps the parameter as it is; "
                 "make the plan with the recipe of the checkpoint"
@@ -119,28 +121,64 @@ def _plain(stored: StoredCheckpoint, path: str, like: Any, name: TensorName, sta
     return place_parts(shape, placed.fit(shape).sharding, lambda index: read(index).astype(dtype))
 
 
-def _quantized(
-    stored: StoredCheckpoint, plan: Plan, entry: PlannedWeight, stack: Stack, placed: Placed
-) -> QuantizedWeight:
-    """A weight in the parameter's own axis order, its stacks together again."""
+def _fp8(stored: StoredCheckpoint, plan: Plan, entry: PlannedWeight, stack: Stack, placed: Placed) -> QuantizedWeight:
+    """As `_nvfp4`, of a weight in FP8."""
     weight = entry.weight
-    blocking = Blocking(weight.shape, weight.contracted)
+    rank, sizes = _stack_of(entry, stack)
+    parts = {index: stored.fp8_weight(module) for index, module in stack.items()}
+    _refuse_other_shapes(stored, entry, stack, {index: part.shape for index, part in parts.items()})
+    restore = _axis_order(weight.shape, rank, weight.contracted)
+    read = _stack_reader({index: part.values for index, part in parts.items()}, sizes, restore)
+    beside = placed.replicated()
+    scales = _stacked({index: part.scale for index, part in parts.items()}, sizes)
+    tensor = FP8Tensor(
+        place_parts(weight.shape, placed.fit(weight.shape).sharding, read),
+        place(_global_scale(plan, entry, scales), beside),
+        tuple(axis - len(weight.shape) for axis in weight.contracted),
+        np.dtype(weight.dtype),
+    )
+    inputs = {index: part.input_scale for index, part in parts.items()}
+    return QuantizedWeight(
+        tensor,
+        _input_scale(stored, entry, stack, inputs, sizes, beside),
+        cache=_cache(stored, plan, entry, stack, sizes, beside),
+    )
+
+
+def _stack_of(entry: PlannedWeight, stack: Stack) -> tuple[int, tuple[int, ...]]:
+    """How many leading axes are stacked, and their sizes."""
+    weight = entry.weight
     rank = len(next(iter(stack)))
-    sizes = weight.shape[:rank]
     if any(axis < rank for axis in weight.contracted):
         raise LeafError(
             f"{entry.path}: contracted over axes {weight.contracted} and stored as a stack over the first {rank}: "
             "wanted leading axes that are not contracted; correct names"
         )
-    parts = {index: stored.weight(module) for index, module in stack.items()}
+    return rank, weight.shape[:rank]
+
+
+def _refuse_other_shapes(
+    stored: StoredCheckpoint, entry: PlannedWeight, stack: Stack, shapes: Mapping[tuple[int, ...], tuple[int, int]]
+) -> None:
+    weight = entry.weight
     length = math.prod(weight.sizes(weight.contracted))
-    wanted = (math.prod(weight.shape[rank:]) // length, length)
-    for index, part in parts.items():
-        if part.shape != wanted:
+    wanted = (math.prod(weight.shape[len(next(iter(stack))) :]) // length, length)
+    for index, shape in shapes.items():
+        if shape != wanted:
             raise LeafError(
-                f"{entry.path}: weight {stack[index]!r} of {stored.directory} is [N, K] = {part.shape}: wanted "
-                f"{wanted}; correct names"
+                f"{entry.path}: weight {stack[index]!r} of {stored.directory} is [N, K] = {shape}: wanted {wanted}; "
+                "correct names"
             )
+
+
+def _nvfp4(stored: StoredCheckpoint, plan: Plan, entry: PlannedWeight, stack: Stack, placed: Placed) -> QuantizedWeight:
+    """A weight in the parameter's own axis order, its stacks together again."""
+    weight = entry.weight
+    blocking = Blocking(weight.shape, weight.contracted)
+    rank, sizes = _stack_of(entry, stack)
+    parts = {index: stored.weight(module) for index, module in stack.items()}
+    _refuse_other_shapes(stored, entry, stack, {index: part.shape for index, part in parts.items()})
+    for index, part in parts.items():
         if part.pre_scale is not None:
             raise LeafError(
                 f"{entry.path}: weight {stack[index]!r} of {stored.directory} has a pre_quant_scale: wanted none, as "
@@ -155,7 +193,8 @@ def _quantized(
     def stored_array(arrays: Mapping[tuple[int, ...], np.ndarray], per_block: int) -> jax.Array:
         shape = list(blocking.merged_shape)
         shape[blocking.axis] = blocking.blocks * per_block
-        restore = _axis_order(tuple(shape), rank, blocking)
+        axes = (blocking.axis,) if blocking.merged else blocking.axes
+        restore = _axis_order(tuple(shape), rank, axes)
         return place_parts(tuple(shape), sharding, _stack_reader(arrays, sizes, restore))
 
     beside = placed.replicated()
@@ -169,16 +208,16 @@ def _quantized(
     )
     return QuantizedWeight(
         tensor,
-        _input_scale(stored, entry, stack, parts, sizes, beside),
+        _input_scale(stored, entry, stack, {index: part.input_scale for index, part in parts.items()}, sizes, beside),
         cache=_cache(stored, plan, entry, stack, sizes, beside),
     )
 
 
-def _axis_order(shape: tuple[int, ...], rank: int, blocking: Blocking) -> Callable[[np.ndarray], np.ndarray]:
+def _axis_order(shape: tuple[int, ...], rank: int, contracted: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
     """From a stored matrix `[outputs, contraction]` to one entry, of `shape[rank:]`, of the parameter's stack."""
     rest = shape[rank:]
-    axes = [blocking.axis - rank] if blocking.merged else [axis - rank for axis in blocking.axes]
-    order = [*(axis for axis in range(len(rest)) if axis not in axes), *axes]
+    last = [axis - rank for axis in contracted]
+    order = [*(axis for axis in range(len(rest)) if axis not in last), *last]
     return lambda values: values.reshape([rest[axis] for axis in order]).transpose(np.argsort(order))
 
 
@@ -222,12 +261,12 @@ def _input_scale(
     stored: StoredCheckpoint,
     entry: PlannedWeight,
     stack: Stack,
-    parts: Mapping[tuple[int, ...], StoredWeight],
+    parts: Mapping[tuple[int, ...], np.float32 | None],
     sizes: tuple[int, ...],
     beside: Placed,
 ) -> jax.Array | None:
     """`[]`, or `[L]` for a stack of layers; the largest over experts, as kernels with one scale for all take it."""
-    scales = {index: part.input_scale for index, part in parts.items() if part.input_scale is not None}
+    scales = {index: scale for index, scale in parts.items() if scale is not None}
     if not scales:
         return None
     if len(scales) != len(parts):

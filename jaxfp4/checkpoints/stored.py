@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -35,6 +36,9 @@ class Suffixes:
     pre_scale: str = "pre_quant_scale"
 
 
+FP8_SCALE, FP8_INPUT_SCALE = "weight_scale", "input_scale"
+"""Of an FP8 weight, in both formats, where they multiply."""
+
 SUFFIXES: Mapping[str, Suffixes] = {
     MODELOPT: Suffixes("weight", "weight_scale_2", "input_scale"),
     COMPRESSED_TENSORS: Suffixes("weight_packed", "weight_global_scale", "input_global_scale"),
@@ -60,6 +64,22 @@ class StoredWeight:
     def shape(self) -> tuple[int, int]:
         """`(N, K)`."""
         return self.packed.shape[0], 2 * self.packed.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFP8:
+    """One weight `[N, K]` in FP8. The values are a view of the mapped file."""
+
+    values: np.ndarray
+    """float8_e4m3fn `[N, K]`."""
+
+    scale: np.float32
+    input_scale: np.float32 | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, K)`."""
+        return self.values.shape[0], self.values.shape[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +131,32 @@ class StoredCheckpoint:
             stored_dtype = self.tensors.info(joined(module, suffixes.pre_scale))[0]
             pre_scale = self._part(module, suffixes.pre_scale, stored_dtype, (length,))
         return StoredWeight(packed, scales, global_scale, input_scale, pre_scale)
+
+    @functools.cached_property
+    def fp8_modules(self) -> frozenset[str]:
+        """The modules that hold an FP8 weight with one scale; other kinds of FP8 are left as they are stored."""
+        ends = [name.removesuffix(f".{FP8_SCALE}") for name in self.plain if split_name(name)[1] == FP8_SCALE]
+        return frozenset(module for module in ends if self._is_fp8(module))
+
+    def _is_fp8(self, module: str) -> bool:
+        weight = joined(module, "weight")
+        if weight not in self.names or self.tensors.info(weight)[0] != _E4M3 or len(self.tensors.info(weight)[1]) != 2:
+            return False
+        return self.tensors.info(joined(module, FP8_SCALE)) in ((_F32, ()), (_F32, (1,)))
+
+    def fp8_weight(self, module: str) -> StoredFP8:
+        """The weight of one of `fp8_modules`."""
+
+        def scalar(last: str) -> np.float32:
+            return np.float32(self.tensors.tensor(joined(module, last)).reshape(()))
+
+        has_input = joined(module, FP8_INPUT_SCALE) in self.names
+        values = self.tensors.tensor(joined(module, "weight"))
+        return StoredFP8(values, scalar(FP8_SCALE), scalar(FP8_INPUT_SCALE) if has_input else None)
+
+    def fp8_parts(self, modules: Iterable[str]) -> frozenset[str]:
+        """The names of all tensors that FP8 weights of these modules may have."""
+        return frozenset(joined(m, last) for m in modules for last in ("weight", FP8_SCALE, FP8_INPUT_SCALE))
 
     def _has(self, module: str, suffix: str) -> bool:
         return joined(module, suffix) in self.names

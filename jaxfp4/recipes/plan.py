@@ -37,6 +37,8 @@ from jaxfp4.transform.statistics import (
 from jaxfp4.transform.trace import ApplyFn, leaves_of, trace
 from jaxfp4.transform.weights import Role, Weight, find_weights
 
+_WITH_ACTIVATIONS = (Scheme.W4A4, Scheme.W8A8)
+
 
 @dataclasses.dataclass(frozen=True)
 class PlannedWeight:
@@ -56,8 +58,13 @@ class PlannedWeight:
 
     @property
     def quantized(self) -> bool:
-        """Whether the weight becomes NVFP4."""
+        """Whether the weight becomes NVFP4 or FP8."""
         return self.scheme is not Scheme.NONE
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether it becomes FP8."""
+        return self.scheme is Scheme.W8A8
 
     @property
     def channels(self) -> int:
@@ -92,7 +99,7 @@ class Plan:
 
     @property
     def quantized(self) -> tuple[PlannedWeight, ...]:
-        """The entries that become NVFP4, in the order of the tree."""
+        """The entries that become NVFP4 or FP8, in the order of the tree."""
         return tuple(entry for entry in self.entries if entry.quantized)
 
     @functools.cached_property
@@ -129,7 +136,7 @@ class Plan:
     def _statistics_of(self, entry: PlannedWeight) -> tuple[tuple[str, Statistic], ...]:
         parts: list[tuple[str, Statistic]] = []
         channels = entry.channels
-        if entry.scheme is Scheme.W4A4:
+        if entry.scheme in _WITH_ACTIVATIONS:
             parts.append(("amax", AbsoluteMaximum()))
             if entry.method.activations.histogram:
                 parts.append(("histogram", LogHistogram()))
@@ -161,7 +168,7 @@ class Plan:
     @property
     def with_input_scale(self) -> tuple[PlannedWeight, ...]:
         """The entries whose activation is quantized too."""
-        return tuple(entry for entry in self.quantized if entry.scheme is Scheme.W4A4)
+        return tuple(entry for entry in self.quantized if entry.scheme in _WITH_ACTIVATIONS)
 
     def init_stats(self, params: Any = None) -> dict[str, State]:
         """Statistics before the first batch: by path and name, arrays over the stack axes of the weight.
@@ -173,8 +180,9 @@ class Plan:
         return stats if params is None else replicated_beside(stats, params)
 
     def siblings(self, entry: PlannedWeight) -> tuple[PlannedWeight, ...]:
-        """The quantized entries, this one included, that read the same activation and so share their scales."""
-        return tuple(self.by_path[path] for path in entry.weight.siblings if self.by_path[path].quantized)
+        """The entries of one format, this one included, that read the same activation and so share their scales."""
+        others = (self.by_path[path] for path in entry.weight.siblings)
+        return tuple(other for other in others if other.quantized and other.is_fp8 == entry.is_fp8)
 
     def global_scale_axes(self, entry: PlannedWeight) -> tuple[int, ...]:
         """The axes along which a weight has separate global scales."""
@@ -234,7 +242,7 @@ def plan(
         marks = find_marks(trace(apply_fn, leaves, args).body, leaves.paths, kinds)
         entries = tuple(_with_cached(entry, marks.values()) for entry in entries)
     folding = find_folds(apply_fn, leaves, args, weights) if scales_channels else None
-    result = Plan(recipe, entries, folding, "" if folding is None else _digest(folding))
+    result = Plan(recipe, entries, folding, "" if folding is None else digest_of_folding(folding))
     if not result.quantized:
         raise ValueError(f"recipe {recipe.name!r} leaves nothing to quantize:\n{result}")
     return result
@@ -276,7 +284,8 @@ def _why_left(weight: Weight) -> str:
     return "no rule is for it" if weight.role is None else f"{weight.role.value}: no rule is for it"
 
 
-def _digest(folding: Folding) -> str:
+def digest_of_folding(folding: Folding) -> str:
+    """SHA-256 in hexadecimal over all sides of all folds, equal for equal foldings."""
     sides = [side for fold in folding.folds for side in (*fold.producers, *fold.consumers)]
     text = repr([(side.leaf, side.axes, side.layer_axes, side.index.tolist()) for side in sides])
     return hashlib.sha256(text.encode()).hexdigest()

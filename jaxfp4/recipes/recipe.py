@@ -22,6 +22,8 @@ class Scheme(enum.Enum):
     """Weight and activation in NVFP4, the activation's global scale calibrated."""
     W4A16 = "W4A16"
     """Weight in NVFP4, activation as it is."""
+    W8A8 = "W8A8"
+    """Weight and activation in FP8 (E4M3), each with one scale, the activation's calibrated."""
     NONE = "none"
     """Neither is quantized."""
 
@@ -51,6 +53,13 @@ class Rule:
     axis: int | tuple[int, ...] | None = None
     method: Method = MAX_CALIBRATION
     """How codes and scales are chosen."""
+
+    def __post_init__(self) -> None:
+        if self.scheme is Scheme.W8A8 and self.method != MAX_CALIBRATION:
+            raise ValueError(
+                f"a rule for {self.scheme.value} has method={self.method}: wanted max calibration, the only one for "
+                "FP8; leave method out"
+            )
 
     def matches_path(self, path: str) -> bool:
         """Whether the patterns choose this path."""

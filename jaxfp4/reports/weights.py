@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from rich.table import Table
 
-from jaxfp4.tensors import NVFP4Tensor, QuantizedWeight
+from jaxfp4.tensors import QuantizedTensor, QuantizedWeight
 from jaxfp4.transform.trace import leaves_of
 
 
@@ -44,14 +44,14 @@ def weight_quality(params: Any, qparams: Any) -> tuple[WeightQuality, ...]:
     )
 
 
-def _quality(path: str, w: Array, q: NVFP4Tensor) -> WeightQuality:
+def _quality(path: str, w: Array, q: QuantizedTensor) -> WeightQuality:
     signal, noise = (float(x) for x in _energies(w, q))
     ratio = math.nan if signal == 0 else math.inf if noise == 0 else 10 * math.log10(signal / noise)
     return WeightQuality(path, tuple(w.shape), 8 * q.nbytes / w.size, ratio)
 
 
 @jax.jit
-def _energies(w: Array, q: NVFP4Tensor) -> tuple[Array, Array]:
+def _energies(w: Array, q: QuantizedTensor) -> tuple[Array, Array]:
     wide = w.astype(jnp.float32)
     return jnp.sum(wide**2), jnp.sum((wide - q.dequantize(jnp.float32)) ** 2)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 from jax import Array
 
-from jaxfp4.formats import exact, fp8, nvfp4
 from jaxfp4.tensors.cache import CacheFormat
+from jaxfp4.tensors.fp8_tensor import fake_quantize_fp8, fp8_scale_of
 from jaxfp4.tensors.quantize import fake_quantize_with_scale, global_scale_of
 from jaxfp4.tensors.reductions import as_float_array, global_amax
 
@@ -26,20 +25,4 @@ def fake_quantize_cache(x: Array, amax: Array | None, format: CacheFormat) -> Ar
     amax = global_amax(x) if amax is None else amax
     if format is CacheFormat.NVFP4:
         return fake_quantize_with_scale(x, -1, global_scale_of(amax))
-    return _fp8_straight_through(x, amax)
-
-
-@jax.custom_jvp
-def _fp8_straight_through(x: Array, amax: Array) -> Array:
-    return _fp8(x, amax)
-
-
-@_fp8_straight_through.defjvp
-def _fp8_straight_through_jvp(primals, tangents):  # type: ignore[no-untyped-def]
-    return _fp8(*primals), tangents[0]
-
-
-@jax.jit
-def _fp8(x: Array, amax: Array) -> Array:
-    scale = jax.lax.expand_dims(nvfp4.global_scale(amax, fp8.SCALE_DIVISOR), range(x.ndim))
-    return exact.cast(fp8.dequantize(fp8.encode(x, scale), scale), x.dtype)
+    return fake_quantize_fp8(x, fp8_scale_of(amax))

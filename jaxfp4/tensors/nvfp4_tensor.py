@@ -14,6 +14,7 @@ from jax import Array, lax
 from jaxfp4.formats import BLOCK_SIZE, exact, nvfp4
 from jaxfp4.tensors.blocks import Blocking
 from jaxfp4.tensors.cache import CacheAmax
+from jaxfp4.tensors.fp8_tensor import FP8Tensor
 
 
 @functools.partial(
@@ -100,6 +101,9 @@ class NVFP4Tensor:
         return f"NVFP4Tensor(shape={self.shape}, axis={axes}, dtype={np.dtype(self.dtype).name}, {bits})"
 
 
+QuantizedTensor = NVFP4Tensor | FP8Tensor
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["weight", "input_scale", "pre_scale", "cache"],
@@ -109,10 +113,11 @@ class NVFP4Tensor:
 class QuantizedWeight:
     """A quantized parameter and what its contraction needs at run time."""
 
-    weight: NVFP4Tensor
+    weight: QuantizedTensor
 
     input_scale: Array | None = None
-    """float32 global scale of the activation that meets the weight; None leaves the activation as it is."""
+    """float32 global scale of the activation that meets the weight; None leaves the activation as it is. Amax / 2688
+    for NVFP4, amax / 448 for FP8."""
 
     pre_scale: Array | None = None
     """Factors for the activation's channels, multiplied in before it is quantized; None for none."""

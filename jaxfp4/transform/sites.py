@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxfp4.tensors import NVFP4Tensor
+from jaxfp4.tensors import QuantizedTensor
 from jaxfp4.tensors.hadamard import hadamard
 from jaxfp4.tensors.mesh import AxisNames, varying_axes, varying_everywhere
 from jaxfp4.transform.contractions import Contraction
@@ -30,7 +30,7 @@ class Tracked:
     `scales` are arrays that go with the weight; their leading axes are `layer_axes`, as far as not scanned.
     """
 
-    value: Array | NVFP4Tensor
+    value: Array | QuantizedTensor
     view: View
     stack: Mapping[int, int]
     layer_axes: tuple[int, ...]
@@ -41,12 +41,12 @@ class Tracked:
 
     def array(self) -> Array:
         """The weight's values."""
-        return self.value.dequantize() if isinstance(self.value, NVFP4Tensor) else self.value
+        return self.value.dequantize() if isinstance(self.value, QuantizedTensor) else self.value
 
     def packed_by_layer(self) -> bool:
         """Whether the value is still quantized, with a global scale for each entry of its leading axis."""
         value = self.value
-        return isinstance(value, NVFP4Tensor) and value.global_scale.ndim > 0 and len(value.global_scale) > 1
+        return isinstance(value, QuantizedTensor) and value.global_scale.ndim > 0 and len(value.global_scale) > 1
 
     def scale(self, name: str) -> Array | None:
         """One of the scales for the layer that the view has picked from a stack."""

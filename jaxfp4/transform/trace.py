@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxfp4.formats import path_string
-from jaxfp4.tensors import NVFP4Tensor, QuantizedWeight
+from jaxfp4.tensors import QuantizedWeight
 from jaxfp4.transform import jaxprs
 
 ApplyFn = Callable[..., Any]
@@ -65,5 +65,5 @@ def trace(apply_fn: ApplyFn, leaves: Leaves, args: tuple[Any, ...]) -> Traced:
 def _dense(value: Any) -> Any:
     """A stand-in of the type of the array that a quantized leaf replaces, with its sharding on Explicit axes."""
     if isinstance(value, QuantizedWeight):
-        return jax.eval_shape(NVFP4Tensor.dequantize, value.weight)
+        return jax.eval_shape(lambda tensor: tensor.dequantize(), value.weight)
     return value

@@ -151,11 +151,11 @@ def test_other_tensors_of_a_module_stay_beside_the_weight(tmp_path):
 def test_weights_of_other_precisions_are_plain_arrays(tmp_path):
     tensors = module_tensors() | {
         "fp8.weight": np.ones((4, 4), ml_dtypes.float8_e4m3fn),
-        "fp8.weight_scale": np.asarray(np.float32(2)),
+        "fp8.weight_scale": np.full(4, 2, np.float32),
     }
     tree = load_checkpoint(save(tmp_path, tensors))
     assert tree["fp8"]["weight"].dtype == ml_dtypes.float8_e4m3fn
-    assert tree["fp8"]["weight_scale"] == 2
+    np.testing.assert_array_equal(tree["fp8"]["weight_scale"], 2)
 
 
 @pytest.mark.parametrize("file_format", FORMATS)

@@ -164,7 +164,7 @@ def changed(directory, changes, config=None):
 BROKEN = {
     "weight missing": (
         {"a.weight": None, "a.weight_scale": None, "a.weight_scale_2": None, "a.input_scale": None},
-        r"^a: .*out has no quantized weight 'a': wanted one by the plan; correct names, or make the plan with the",
+        r"^a: .*out has no NVFP4 weight 'a': wanted one by the plan; correct names, or make the plan with the",
     ),
     "array missing": ({"bias": None}, r"^bias: .*out has no tensor 'bias': wanted one for it; correct names"),
     "array of another shape": (

@@ -34,6 +34,11 @@ SIZES = {
     "norm_topk_prob": True,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MODELS = [
+    ("llama", "nvfp4_weight_only"),
+    ("llama", "nvfp4"),
+    ("qwen3_moe", "nvfp4_weight_only"),
+]
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 12)).astype(np.int32)
 
 
@@ -41,16 +46,15 @@ def config_of(model_type):
     return DecoderConfig.from_hf({"model_type": model_type, **SIZES, **(EXPERTS if model_type == "qwen3_moe" else {})})
 
 
-@pytest.fixture(scope="module", params=[("llama", False), ("llama", True), ("qwen3_moe", False)], ids=str)
+@pytest.fixture(scope="module")
 def exported(request, tmp_path_factory):
     """`(config, function, plan, quantized parameters, directory)`; weights are bfloat16, the computation is float32."""
-    model_type, activations = request.param
+    model_type, recipe = request.param
     config = config_of(model_type)
     model = Decoder(config, param_dtype=jnp.bfloat16, dtype=jnp.float32, rngs=nnx.Rngs(0))
     apply_fn, params = from_flax(model)
-    recipe = "nvfp4" if activations else "nvfp4_weight_only"
     plan = jaxfp4.plan(apply_fn, params, TOKENS, recipe=recipe, expert_scale="expert")
-    stats = jaxfp4.calibrate(apply_fn, params, [TOKENS], plan, progress=False) if activations else None
+    stats = jaxfp4.calibrate(apply_fn, params, [TOKENS], plan, progress=False) if plan.observed else None
     qparams = jaxfp4.quantize_params(params, plan, stats)
     out = tmp_path_factory.mktemp("export") / "out"
     export_checkpoint(
@@ -82,6 +86,7 @@ def logits_of(model):
         return torch.nn.Module.float(model)(torch.tensor(TOKENS).long()).logits.numpy()
 
 
+@pytest.mark.parametrize("exported", MODELS, ids=str, indirect=True)
 def test_transformers_holds_our_weights_and_computes_our_logits(exported):
     config, apply_fn, plan, qparams, out = exported
     model = read(out)
@@ -126,6 +131,8 @@ def _check_and_repair_experts(config, model, wanted, out):
             experts.down_proj.copy_(torch.tensor(stacked["down_proj"]))
 
 
+# transformers itself rounds FP8 scales to bfloat16.
+@pytest.mark.parametrize("exported", [*MODELS, ("llama", "nvfp4_mixed_fp8")], ids=str, indirect=True)
 def test_compressed_tensors_decompresses_every_module_to_our_weights(exported):
     """Its own compressor on the tensors of each module, experts included."""
     from compressed_tensors.compressors import BaseCompressor
@@ -134,11 +141,11 @@ def test_compressed_tensors_decompresses_every_module_to_our_weights(exported):
 
     config, _, _, qparams, out = exported
     settings = json.loads((out / "config.json").read_text())["quantization_config"]
-    scheme = QuantizationConfig.model_validate(settings).config_groups["group_0"]
-    compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    groups = QuantizationConfig.model_validate(settings).config_groups.values()
     tensors = load_file(out / "model.safetensors")
     for module, values in dequantized(config, qparams).items():
-        parts = ("weight_packed", "weight_scale", "weight_global_scale")
-        state = {part: tensors[f"{module}.{part}"] for part in parts}
+        scheme = next(group for group in groups if {module, "Linear"} & set(group.targets))
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
+        state = {name.removeprefix(f"{module}."): v for name, v in tensors.items() if name.startswith(f"{module}.")}
         found = compressor.decompress(state, scheme)["weight"].to(torch.bfloat16).float().numpy()
         np.testing.assert_array_equal(found, values, err_msg=module)
