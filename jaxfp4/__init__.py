@@ -17,6 +17,9 @@ from jaxfp4.algorithms import unseen_experts as unseen_experts
 from jaxfp4.algorithms import weights as weights
 from jaxfp4.checkpoints import export_checkpoint as export_checkpoint
 from jaxfp4.checkpoints import load_checkpoint as load_checkpoint
+from jaxfp4.checkpoints import restore as restore
+from jaxfp4.checkpoints import save as save
+from jaxfp4.checkpoints import verify_checkpoint as verify_checkpoint
 from jaxfp4.models import from_flax as from_flax
 from jaxfp4.recipes import Plan as Plan
 from jaxfp4.recipes import Recipe as Recipe

@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. Bad input gives one line on standard error and exit status 2."""
+"""The command line: parse, call, print. Bad input gives one line on standard error and exit status 2.
+
+`verify` exits with 1 if it finds errors.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,19 @@ from rich.console import Console
 import jaxfp4
 from jaxfp4 import recipes
 from jaxfp4.commands.bench_quality import HELD_OUT_BATCHES, bench_quality
+from jaxfp4.commands.convert import convert_directory
 from jaxfp4.commands.demo import DEVICES, demo
 from jaxfp4.commands.errors import CommandError
+from jaxfp4.commands.inspect_checkpoint import run_inspect
 from jaxfp4.commands.meshes import MeshShape, use_virtual_cpu_devices
 from jaxfp4.commands.quantize import quantize_directory
+from jaxfp4.commands.quantize_files import quantize_files
+from jaxfp4.commands.verify import run_verify
+from jaxfp4.models.calibration_data import BATCH_SIZE, SAMPLES
 
 BAD_INPUT = 2
+INTERRUPTED = 130
+SHARD_BYTES = 5_000_000_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,11 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
-        options.run(options, console)
+        status: int | None = options.run(options, console)
+    except KeyboardInterrupt:
+        print("jaxfp4: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except (CommandError, ValueError, OSError) as error:
         print("jaxfp4: error:", " ".join(str(error).split("\n")[0].split()), file=sys.stderr)
         return BAD_INPUT
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,14 +57,48 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("quantize", help="quantize a checkpoint directory")
     command.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="config.json and safetensors files")
     command.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="a directory that does not exist yet")
-    command.add_argument("--recipe", default="nvfp4", help=f"one of {', '.join(recipes.names())}")
+    command.add_argument("--recipe", help=f"one of {', '.join(recipes.names())}; by default nvfp4")
+    command.add_argument(
+        "--weight-only",
+        action="store_true",
+        help="any directory of safetensors, no model code, tensor by tensor; goes on after an interruption; "
+        "by default nvfp4_weight_only",
+    )
+    command.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="with --weight-only: modules to leave"
+    )
+    command.add_argument("--max-shard-bytes", type=_positive, default=SHARD_BYTES, help="of each file")
     command.add_argument("--mesh", help="axes and sizes such as tp=2,ep=4; by default one device")
-    command.add_argument("--calib", type=Path, metavar="FILE", help=".npy tokens [batch, time], or text")
+    command.add_argument("--calib", type=Path, metavar="FILE", help=".npy tokens, .jsonl, or text")
+    command.add_argument("--calib-field", metavar="NAME", help="what of a .jsonl object: text, messages or tokens")
+    command.add_argument("--samples", type=_positive, default=SAMPLES, help="rows of calibration data, the first")
+    command.add_argument("--all-experts", action="store_true", help="calibrate all experts on all tokens")
     command.add_argument("--format", default="modelopt", choices=("modelopt", "compressed-tensors"))
     command.add_argument("--expert-scale", default="stack", choices=("stack", "expert"))
-    command.add_argument("--batch-size", type=_positive, default=8, help="rows of calibration data at a time")
-    command.add_argument("--sequence-length", type=_positive, default=256, help="bytes a row, for text")
+    command.add_argument("--batch-size", type=_positive, default=BATCH_SIZE, help="rows of calibration data at a time")
+    command.add_argument("--sequence-length", type=_positive, help="tokens a row; by default 512, .npy rows whole")
     command.set_defaults(run=_quantize)
+
+    command = commands.add_parser("convert", help="an NVFP4 checkpoint in the other format, without its model")
+    command.add_argument("in_dir", type=Path, metavar="IN_DIR")
+    command.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="a directory that does not exist yet")
+    command.add_argument("--format", required=True, choices=("modelopt", "compressed-tensors"))
+    command.add_argument("--max-shard-bytes", type=_positive, default=SHARD_BYTES, help="of each file")
+    command.set_defaults(run=_convert)
+
+    command = commands.add_parser("verify", help="check an NVFP4 checkpoint as serving engines would")
+    command.add_argument("directory", type=Path, metavar="DIR")
+    command.add_argument("--tp", metavar="N,N", help="tensor-parallel sizes it must serve; by default 2, 4, 8 warn")
+    command.add_argument("--json", type=Path, metavar="FILE", help="every finding, none folded")
+    command.set_defaults(run=_verify)
+
+    command = commands.add_parser("inspect", help="a table of the weights of an NVFP4 checkpoint")
+    command.add_argument("directory", type=Path, metavar="DIR")
+    command.add_argument("--original", type=Path, metavar="DIR", help="the unquantized checkpoint, for signal-to-noise")
+    command.add_argument("--all", action="store_true", help="a row for every weight; by default like layers in one")
+    command.add_argument("--picture", type=Path, metavar="FILE.png", help="distribution of the block scales")
+    command.add_argument("--json", type=Path, metavar="FILE", help="all figures, unrounded")
+    command.set_defaults(run=_inspect)
 
     command = commands.add_parser("bench", help="measurements on the built-in model")
     benchmarks = command.add_subparsers(required=True, metavar="BENCHMARK")
@@ -75,19 +122,71 @@ def _demo(options: argparse.Namespace, console: Console) -> None:
 
 
 def _quantize(options: argparse.Namespace, console: Console) -> None:
+    if options.weight_only:
+        _quantize_files(options, console)
+        return
+    if options.exclude:
+        raise CommandError(
+            f"--exclude {options.exclude[0]}: wanted with --weight-only, where no model says what a tensor is; leave "
+            "it out, or use a recipe that excludes"
+        )
     mesh = MeshShape.parse(options.mesh) if options.mesh else None
     if mesh:
         use_virtual_cpu_devices(mesh.devices)
     quantize_directory(
         options.model_dir,
         options.out_dir,
-        recipe=options.recipe,
+        recipe=options.recipe or "nvfp4",
         mesh=mesh,
         calibration=options.calib,
         file_format=options.format,
         expert_scale=options.expert_scale,
         batch_size=options.batch_size,
         sequence_length=options.sequence_length,
+        samples=options.samples,
+        field=options.calib_field,
+        every_expert=options.all_experts,
+        max_shard_bytes=options.max_shard_bytes,
+        console=console,
+    )
+
+
+def _quantize_files(options: argparse.Namespace, console: Console) -> None:
+    for option, value in (("--mesh", options.mesh), ("--calib", options.calib)):
+        if value is not None:
+            raise CommandError(f"{option} {value}: wanted none with --weight-only, which runs no model; leave it out")
+    quantize_files(
+        options.model_dir,
+        options.out_dir,
+        recipe=options.recipe or "nvfp4_weight_only",
+        file_format=options.format,
+        max_shard_bytes=options.max_shard_bytes,
+        exclude=options.exclude,
+        console=console,
+    )
+
+
+def _convert(options: argparse.Namespace, console: Console) -> None:
+    convert_directory(
+        options.in_dir,
+        options.out_dir,
+        file_format=options.format,
+        max_shard_bytes=options.max_shard_bytes,
+        console=console,
+    )
+
+
+def _verify(options: argparse.Namespace, console: Console) -> int:
+    return run_verify(options.directory, tensor_parallel=options.tp, json_file=options.json, console=console)
+
+
+def _inspect(options: argparse.Namespace, console: Console) -> int:
+    return run_inspect(
+        options.directory,
+        original=options.original,
+        picture=options.picture,
+        json_file=options.json,
+        every=options.all,
         console=console,
     )
 

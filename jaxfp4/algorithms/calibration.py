@@ -19,6 +19,7 @@ from jaxfp4.algorithms.inputs import leaves_for, marks_for, tracked_inputs
 from jaxfp4.formats import LeafError
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.tensors.fp8_tensor import fp8_scale_of
+from jaxfp4.tensors.mesh import replicated_beside
 from jaxfp4.tensors.quantize import global_scale_of
 from jaxfp4.transform.evaluate import evaluate
 from jaxfp4.transform.histogram import merged
@@ -69,23 +70,34 @@ def make_calibrate_fn(apply_fn: ApplyFn, plan: Plan) -> CalibrateFn:
     return calibrate_fn
 
 
-def calibrate(apply_fn: ApplyFn, params: Any, batches: Iterable[Any], plan: Plan, *, progress: bool = True) -> Stats:
+def calibrate(
+    apply_fn: ApplyFn,
+    params: Any,
+    batches: Iterable[Any],
+    plan: Plan,
+    *,
+    stats: Mapping[str, Mapping[str, Array]] | None = None,
+    progress: bool = True,
+) -> Stats:
     """Statistics over all batches, with a progress bar. A batch is the tuple of arguments, or the one argument.
+
+    `stats` of earlier batches, such as `jaxfp4.restore` gives, are continued: the result is that of all batches.
 
     Raises ValueError if there is no batch, and `LeafError` with the path of the first weight whose activations held NaN
     or Inf. Experts that no token reached are logged as a warning by path; they get their layer's shared scale.
     """
     calibrate_fn = make_calibrate_fn(apply_fn, plan)
-    stats, count = plan.init_stats(params), 0
+    merged_stats = plan.init_stats(params) if stats is None else replicated_beside(used_stats(plan, stats), params)
+    count = 0
     for batch in tracked_progress(batches, "calibrating", progress):
-        stats = calibrate_fn(params, stats, *(batch if isinstance(batch, tuple) else (batch,)))
+        merged_stats = calibrate_fn(params, merged_stats, *(batch if isinstance(batch, tuple) else (batch,)))
         count += 1
     if not count:
         raise ValueError("batches is empty: wanted at least one batch of calibration data")
-    refuse_non_finite(stats)
-    for path, experts in unseen_experts(plan, stats).items():
+    refuse_non_finite(merged_stats)
+    for path, experts in unseen_experts(plan, merged_stats).items():
         log.warning("%s: no token reached experts %s; they get their layer's shared scale", path, experts)
-    return stats
+    return merged_stats
 
 
 def tracked_progress(items: Iterable[Any], task: str, progress: bool) -> Iterable[Any]:

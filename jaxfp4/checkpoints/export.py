@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxfp4.checkpoints import writer
+from jaxfp4.checkpoints.carried_files import carried_files, copy_files
 from jaxfp4.checkpoints.configs import (
     COMPRESSED_TENSORS,
     FORMATS,
@@ -19,6 +20,7 @@ from jaxfp4.checkpoints.configs import (
     Modules,
     cache_module,
     config_files,
+    read_config,
     refuse_unserializable,
 )
 from jaxfp4.checkpoints.names import TensorName, refuse_unmatched, resolve_name
@@ -41,6 +43,7 @@ def export_checkpoint(
     names: Mapping[str, str | TensorName] | None = None,
     config: Mapping[str, Any] | None = None,
     max_shard_bytes: int | None = None,
+    source: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes `qparams`, a tree of arrays and `QuantizedWeight`, to the new directory `out_dir`.
 
@@ -62,8 +65,11 @@ def export_checkpoint(
             `{layer}` or
             `{expert}` writes each entry of the leading axes as tensors of its own, with its own global and input scale.
             Leaves that are not mentioned are named after their path, see `jaxfp4.checkpoints.names.default_name`.
-        config: the content of the model's config.json, kept in front of the quantization's entry.
+        config: the content of the model's config.json, kept in front of the quantization's entry; by default that of
+            `source`, if it has one.
         max_shard_bytes: several files of at most this size and an index; by default one `model.safetensors`.
+        source: the directory of the original checkpoint, from which the tokenizer and all other files that are no
+            weights are copied, as by `carried_files`.
 
     Tensors are fetched from their devices, written and freed one by one: the host holds one at a time, of a stack one
     entry. On several processes all of them call this, with an `out_dir` on a file system that they share; each writes
@@ -82,12 +88,18 @@ def export_checkpoint(
         raise ValueError(f"format={format!r}: wanted one of {', '.join(map(repr, FORMATS))}")
     if max_shard_bytes is not None and max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: wanted a positive number of bytes, or None for one file")
+    origin = None if source is None else pathlib.Path(source)
+    carried = () if origin is None else carried_files(origin)
+    if origin is not None and config is None:
+        config = read_config(origin)
     refuse_unserializable(config)
     tensors, modules = _tensors_of(qparams, names or {}, format)
 
     def complete(directory: pathlib.Path) -> None:
         for file_name, content in config_files(modules, config, format).items():
             writer.write_json(directory / file_name, content)
+        if origin is not None:
+            copy_files(origin, carried, directory)
 
     write_checkpoint(pathlib.Path(out_dir), tensors, complete, max_shard_bytes)
 

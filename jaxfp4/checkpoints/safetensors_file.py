@@ -248,7 +248,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         if not (folder / _SINGLE_FILE).is_file():
             raise FileNotFoundError(f"{folder}: there is neither {_SINGLE_FILE} nor {_INDEX_FILE}; wanted one of them")
         return Checkpoint(folder, [SafetensorsFile(folder / _SINGLE_FILE)])
-    weight_map = _read_weight_map(index)
+    weight_map = read_weight_map(index)
     files = {file_name: SafetensorsFile(folder / file_name) for file_name in sorted(set(weight_map.values()))}
     for file_name, file in files.items():
         listed = {name for name, place in weight_map.items() if place == file_name}
@@ -262,7 +262,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     return Checkpoint(folder, list(files.values()))
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
     """The index's table from tensor name to file name, with every file name checked to be a bare one."""
     try:
         parsed = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)

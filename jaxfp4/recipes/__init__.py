@@ -20,6 +20,8 @@ from jaxfp4.recipes.methods import WeightedMse as WeightedMse
 from jaxfp4.recipes.plan import Plan as Plan
 from jaxfp4.recipes.plan import PlannedWeight as PlannedWeight
 from jaxfp4.recipes.plan import plan as plan
+from jaxfp4.recipes.plan_data import plan_from_data as plan_from_data
+from jaxfp4.recipes.plan_data import plan_to_data as plan_to_data
 from jaxfp4.recipes.presets import get as get
 from jaxfp4.recipes.presets import names as names
 from jaxfp4.recipes.recipe import ExpertScale as ExpertScale

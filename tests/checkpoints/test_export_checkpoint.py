@@ -1,6 +1,7 @@
 """What `export_checkpoint` writes for trees of any kind, and what it refuses."""
 
 import dataclasses
+import json
 
 import flax.linen as nn
 import jax
@@ -348,4 +349,27 @@ def test_a_leaf_that_cannot_be_fetched_leaves_nothing(tmp_path):
     tree["b"].delete()
     with pytest.raises(RuntimeError, match="deleted"):
         export_checkpoint(tree, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_other_files_of_the_original_are_carried_along(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps({"model_type": "x"}))
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        (source / name).write_text(name)
+    for name in ("pytorch_model.bin", "model.safetensors", "hf_quant_config.json"):
+        (source / name).write_text("old")
+    export_checkpoint({"w": quantized(16, 8)}, tmp_path / "out", source=source)
+    found = {path.name: path for path in (tmp_path / "out").iterdir()}
+    written = {"config.json", "hf_quant_config.json", "model.safetensors"}
+    assert set(found) == written | {"tokenizer.json", "chat_template.jinja", "generation_config.json"}
+    assert found["tokenizer.json"].read_text() == "tokenizer.json"
+    assert read_json(found["config.json"])["model_type"] == "x"
+    assert read_json(found["hf_quant_config.json"])["quantization"]["quant_algo"] == "W4A16_NVFP4"
+
+
+def test_a_source_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: there is no such directory; wanted the original checkpoint"):
+        export_checkpoint({"w": quantized(16, 8)}, tmp_path / "out", source=tmp_path / "nowhere")
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from flax import nnx
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxfp4.checkpoints import SafetensorsFile
 from jaxfp4.cli import main
@@ -94,6 +95,14 @@ def damaged(tmp_path, name):
         np.save(path, np.ones((2, 3)))
     elif name == "flat.npy":
         np.save(path, np.ones(3, np.int32))
+    elif name == "cube.npy":
+        np.save(path, np.ones((1, 2, 3), np.int32))
+    elif name == "broken.jsonl":
+        path.write_text('{"text": "hello"}\n\n{"text": ')
+    elif name == "odd.jsonl":
+        path.write_text('{"body": "hello"}')
+    elif name == "data.parquet":
+        path.write_text("x")
     elif name == "large.npy":
         np.save(path, np.full((2, 3), 999, np.int32))
     elif name == "short.txt":
@@ -105,11 +114,16 @@ def damaged(tmp_path, name):
     ("name", "message"),
     [
         ("missing.npy", "missing.npy: no such file"),
+        ("missing.txt", "missing.txt: no such file"),
         ("broken.npy", "broken.npy: no readable .npy array"),
-        ("float.npy", r"float.npy: an array of float64 with shape \(2, 3\); wanted int32 tokens \[batch, time\]"),
-        ("flat.npy", r"with shape \(3,\); wanted int32"),
-        ("large.npy", "tokens from 999 to 999; wanted 0 to 255"),
-        ("short.txt", "1 bytes; wanted at least 256"),
+        ("float.npy", r"float.npy: an array of float64 with shape \(2, 3\); wanted int32 tokens \[rows, time\]"),
+        ("cube.npy", r"with shape \(1, 2, 3\); wanted int32"),
+        ("flat.npy", "flat.npy: not one row of 64 tokens: wanted more text or tokens, or a shorter"),
+        ("large.npy", "large.npy, row 1: tokens from 999 to 999; wanted 0 to 255"),
+        ("short.txt", "short.txt: not one row of 64 tokens: wanted more text"),
+        ("broken.jsonl", "broken.jsonl, line 3: found '{\"text\":', which is no JSON"),
+        ("odd.jsonl", "odd.jsonl, line 1: found the fields 'body': wanted 'text' or 'messages' or 'input_ids'"),
+        ("data.parquet", "data.parquet: a .parquet file: wanted .npy, .jsonl"),
     ],
 )
 def test_bad_calibration_data_is_one_line(model_dir, tmp_path, capsys, name, message):
@@ -166,11 +180,33 @@ def test_an_existing_target_is_left_alone(model_dir, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
-def test_text_is_refused_for_a_larger_vocabulary(tmp_path, capsys):
-    save_decoder(Decoder(DecoderConfig.from_hf({**CONFIG, "vocab_size": 300}), rngs=nnx.Rngs(0)), tmp_path / "m")
-    (tmp_path / "text").write_text("hello" * 100)
-    assert main(["quantize", str(tmp_path / "m"), str(tmp_path / "out"), "--calib", str(tmp_path / "text")]) == 2
-    check_error(capsys, "text is for byte-level models", tmp_path / "out")
+def word_tokenizer(directory, words):
+    """A tokenizer.json that splits at spaces, and its end of a sequence."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", "<eos>", *words])}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+
+
+def test_text_wants_the_tokenizer_of_the_checkpoint(tmp_path, capsys):
+    model, out = tmp_path / "m", tmp_path / "out"
+    save_decoder(Decoder(DecoderConfig.from_hf({**CONFIG, "vocab_size": 300}), rngs=nnx.Rngs(0)), model)
+    (tmp_path / "data.jsonl").write_text('{"body": "a b c d e"}\n{"body": "e d c b a"}\n' * 8)
+    arguments = ["quantize", str(model), str(out), "--calib", str(tmp_path / "data.jsonl"), "--calib-field", "body"]
+    arguments += ["--samples", "4", "--sequence-length", "16", "--batch-size", "3", "--all-experts"]
+    assert main(arguments) == 2
+    check_error(capsys, "found no tokenizer in .*: wanted tokenizer.json; write it with transformers", out)
+    word_tokenizer(model, "abcde")
+    assert main(arguments) == 0
+    assert "calibrating on 4 rows of 16 tokens with all experts" in capsys.readouterr().out
+
+
+def test_all_experts_wants_experts(tmp_path, tokens, capsys):
+    config = {k: v for k, v in CONFIG.items() if "expert" not in k and k != "architectures"} | {"model_type": "llama"}
+    save_decoder(Decoder(DecoderConfig.from_hf(config), rngs=nnx.Rngs(0)), tmp_path / "m")
+    out = tmp_path / "out"
+    assert main(["quantize", str(tmp_path / "m"), str(out), "--calib", str(tokens), "--all-experts"]) == 2
+    check_error(capsys, "all_experts: the model has no experts", out)
 
 
 def test_numbers_and_version():

@@ -1,0 +1,1 @@
+"""Checkpoints quantized and converted tensor by tensor, without a model and without holding one."""

@@ -1,0 +1,173 @@
+"""Safetensors files whose tensors are written in pieces and in any order, because all sizes are known beforehand."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from jaxfp4.checkpoints.safetensors_file import DTYPES
+from jaxfp4.checkpoints.streaming.resume import finished_file
+from jaxfp4.checkpoints.writer import write_json
+
+_LAYOUT = (
+    *("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+)
+_DTYPE_NAMES = {DTYPES[name]: name for name in _LAYOUT}
+_DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPE_NAMES)}
+_HEADER_ALIGNMENT = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class NewTensor:
+    """A tensor to write, and what it is made of."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    origin: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class NewFile:
+    """A safetensors file that is being written; its header is there, the tensors come in any order."""
+
+    def __init__(self, file: BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, str]):
+        ordered = sorted(tensors, key=lambda tensor: (_DTYPE_RANK[tensor.dtype], tensor.name))
+        header = _header(ordered, metadata)
+        self._file = file
+        self._offsets: dict[str, int] = {}
+        offset = len(header)
+        for tensor in ordered:
+            self._offsets[tensor.name] = offset
+            offset += tensor.nbytes
+        file.truncate(offset)
+        self._write_at(0, header)
+
+    def write(self, name: str, begin: int, values: np.ndarray) -> None:
+        """Writes contiguous values from byte `begin` of a tensor on."""
+        self._write_at(self._offsets[name] + begin, values.reshape(-1).view(np.uint8).data)
+
+    def _write_at(self, offset: int, data: bytes | memoryview) -> None:
+        self._file.seek(offset)
+        rest = memoryview(data)
+        while len(rest):
+            rest = rest[self._file.write(rest) :]
+
+
+Fill = Callable[[NewFile, Sequence[NewTensor]], None]
+"""Writes all tensors of a file."""
+
+Metadata = Callable[[Sequence[NewTensor]], Mapping[str, str]]
+"""The free text entries of a file with these tensors, beside its format."""
+
+
+def write_shards(
+    directory: Path,
+    stem: str,
+    tensors: Sequence[NewTensor],
+    max_shard_bytes: int | None,
+    fill: Fill,
+    metadata: Metadata = lambda tensors: {},
+) -> None:
+    """Writes `STEM.safetensors`, or files of at most `max_shard_bytes` and their index, as `write_tensors` does.
+
+    Files that are there already, from an earlier run, are not written again. A file is brought to the disk while the
+    next one is filled.
+    """
+    shards = _shards(sorted(tensors, key=lambda tensor: tensor.name), max_shard_bytes)
+    count = len(shards)
+    names = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    if count == 1:
+        names = [f"{stem}.safetensors"]
+    with _background() as finish:
+        for name, shard in zip(names, shards, strict=True):
+            if not (directory / name).is_file():
+                _write_file(directory / name, shard, fill, metadata(shard), finish)
+    if count > 1:
+        total = sum(tensor.nbytes for tensor in tensors)
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        with finished_file(directory / f"{stem}.safetensors.index.json") as path:
+            write_json(path, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_file(
+    path: Path,
+    tensors: Sequence[NewTensor],
+    fill: Fill,
+    metadata: Mapping[str, str],
+    finish: Callable[[Callable[[], Any]], None],
+) -> None:
+    with contextlib.ExitStack() as stack:
+        unfinished = stack.enter_context(finished_file(path))
+        with unfinished.open("wb", buffering=0) as file:
+            fill(NewFile(file, tensors, metadata), tensors)
+        finish(stack.pop_all().close)
+
+
+@contextlib.contextmanager
+def _background() -> Iterator[Callable[[Callable[[], Any]], None]]:
+    """Runs functions one behind the other on a thread; an error of one is raised at the next, or at the end."""
+    pending: list[concurrent.futures.Future[Any]] = []
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+
+        def start(function: Callable[[], Any]) -> None:
+            while pending:
+                pending.pop().result()
+            pending.append(executor.submit(function))
+
+        yield start
+        while pending:
+            pending.pop().result()
+
+
+def _shards(tensors: list[NewTensor], limit: int | None) -> list[list[NewTensor]]:
+    shards: list[list[NewTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and limit is not None and size + tensor.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def _header(tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.nbytes
+        entries[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def refuse_too_large(directory: Path, out_dir: Path, tensors: Sequence[NewTensor]) -> None:
+    """OSError if the file system has no room for the tensors beside the files that are finished already."""
+    needed = sum(tensor.nbytes for tensor in tensors) - sum(path.stat().st_size for path in directory.iterdir())
+    status = os.statvfs(directory)
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        raise OSError(
+            f"{out_dir}: needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free: wanted room for all of it; "
+            "make room or name another directory"
+        )
