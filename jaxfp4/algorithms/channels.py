@@ -23,7 +23,7 @@ from jaxfp4.recipes.methods import Awq
 from jaxfp4.recipes.plan import ActiveFold, Plan, PlannedWeight
 from jaxfp4.recipes.recipe import Scheme
 from jaxfp4.tensors import global_amax, quantize_unchecked
-from jaxfp4.tensors.mesh import replicated
+from jaxfp4.tensors.mesh import moved_beside, replicated
 from jaxfp4.transform.folding import Side, apply_fold
 from jaxfp4.transform.statistics import MomentForm
 
@@ -42,7 +42,9 @@ def fold_channel_scales(params: Any, plan: Plan, stats: Mapping[str, Any] | None
 
 
 def folded(plan: Plan, arrays: dict[int, Any], stats: Stats | None) -> tuple[dict[int, Any], Stats | None]:
-    """Leaves by number and the statistics of their activations, after all folds of the plan."""
+    """Leaves by number and the statistics of their activations, beside them and after all folds of the plan."""
+    # They may come from a calibration on other devices.
+    stats = moved_beside(stats, arrays)
     for active in plan.folds:
         if stats is None:
             path = active.consumers[0][0].path

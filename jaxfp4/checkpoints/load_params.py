@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, Sharding
 
 from jaxfp4.checkpoints.configs import cache_format, cache_module
 from jaxfp4.checkpoints.names import TensorName, refuse_unmatched, resolve_name
+from jaxfp4.checkpoints.pending import copy_values
 from jaxfp4.checkpoints.placement import Placed, Placement, Shardings, place, place_parts
 from jaxfp4.checkpoints.stored import StoredCheckpoint, joined
 from jaxfp4.formats import BLOCK_SIZE, LeafError, fp8
@@ -233,7 +234,12 @@ def _stack_reader(
         grid = np.stack(np.meshgrid(*chosen, indexing="ij"), -1).reshape(-1, rank) if rank else np.zeros((1, 0), int)
         cut: tuple[Any, ...] = (*index[rank:], ...)
         entries = [views[tuple(map(int, entry))][cut] for entry in grid]
-        return np.stack(entries).reshape(*map(len, chosen), *entries[0].shape)
+        if not rank:
+            return entries[0]
+        result = np.empty((len(entries), *entries[0].shape), entries[0].dtype)
+        for target, source in zip(result, entries, strict=True):
+            copy_values(target, source)
+        return result.reshape(*map(len, chosen), *entries[0].shape)
 
     return read
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jaxfp4.checkpoints.pending import row_major
 from jaxfp4.formats import BLOCK_SIZE
 
 Shardings = Sharding | Mapping[str, Sharding] | None
@@ -106,5 +107,5 @@ def place_parts(
 ) -> jax.Array:
     """An array of which each device gets `read(index)` of its own part; without a sharding the default device all."""
     if sharding is None:
-        return jnp.asarray(np.array(read(tuple(slice(None) for _ in shape))))
-    return jax.make_array_from_callback(shape, sharding, lambda index: np.array(read(index or ())))
+        return jnp.asarray(row_major(read(tuple(slice(None) for _ in shape))))
+    return jax.make_array_from_callback(shape, sharding, lambda index: row_major(read(index or ())))

@@ -76,7 +76,14 @@ def read_calibration_data(
     for name, value in given.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: wanted at least 1")
-    rows = token_rows(source, vocabulary=vocabulary, tokenizer=tokenizer, sequence_length=sequence_length, field=field)
+    rows = token_rows(
+        source,
+        vocabulary=vocabulary,
+        tokenizer=tokenizer,
+        sequence_length=sequence_length,
+        default_length=default_length,
+        field=field,
+    )
     batches = tuple(token_batches(itertools.islice(rows, samples), batch_size))
     if not batches:
         raise ValueError(

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from jaxfp4.checkpoints.names import TensorName
-from jaxfp4.checkpoints.pending import PendingTensor, entry_of, is_storable
+from jaxfp4.checkpoints.pending import PendingTensor, copy_values, entry_of, is_storable, row_major
 from jaxfp4.checkpoints.safetensors_file import Checkpoint, open_checkpoint
 from jaxfp4.checkpoints.writer import INDEX_FILE, SINGLE_FILE, write_tensors
 from jaxfp4.models.config import DecoderConfig
@@ -214,19 +214,21 @@ def _load_parameter(
     def read(index: tuple[slice, ...] | None) -> NDArray[Any]:
         index = tuple(slice(None) for _ in shape) if index is None else index
         if not name.stack_fields:
-            return _read_matrix(checkpoint.tensor(tensors[0]), name, index).astype(target)
-        parts = [_read_matrix(checkpoint.tensor(tensor), name, index[1:]) for tensor in tensors[index[0]]]
-        return np.stack(parts).astype(target)
+            return row_major(_part(checkpoint.tensor(tensors[0]), name, index)).astype(target, copy=False)
+        parts = [_part(checkpoint.tensor(tensor), name, index[1:]) for tensor in tensors[index[0]]]
+        result = np.empty((len(parts), *parts[0].shape), target)
+        for entry, part in zip(result, parts, strict=True):
+            copy_values(entry, part)
+        return result
 
     if sharding is None:
         return jnp.asarray(read(None))
     return jax.make_array_from_callback(shape, sharding, read)
 
 
-def _read_matrix(stored: NDArray[Any], name: TensorName, index: tuple[slice, ...]) -> NDArray[Any]:
-    """The part at `index` of one matrix (or vector), copied out of the mapped file."""
-    part = stored[index[::-1]].T if name.transpose else stored[index]
-    return np.array(part, order="C")
+def _part(stored: NDArray[Any], name: TensorName, index: tuple[slice, ...]) -> NDArray[Any]:
+    """The part at `index` of one matrix (or vector), a view of the mapped file."""
+    return stored[index[::-1]].T if name.transpose else stored[index]
 
 
 def save_decoder(model: Decoder, directory: str | Path, *, max_shard_bytes: int | None = None) -> None:

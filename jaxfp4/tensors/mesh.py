@@ -182,6 +182,21 @@ def replicated(x: Array) -> Array:
     return x if layout is None else place(x, layout.restricted(()))
 
 
+def moved_beside(small: Any, large: Any) -> Any:
+    """A tree of arrays on the devices of another tree: those that are elsewhere are put there, whole on each."""
+    there = [x.sharding for x in jax.tree.leaves(large) if isinstance(x, Array) and not isinstance(x, jax.core.Tracer)]
+    if not there:
+        return small
+    target = next((s for s in there if isinstance(s, NamedSharding)), there[0])
+    whole = NamedSharding(target.mesh, PartitionSpec()) if isinstance(target, NamedSharding) else target
+
+    def moved(x: Any) -> Any:
+        known = isinstance(x, Array) and not isinstance(x, jax.core.Tracer)
+        return jax.device_put(x, whole) if known and x.sharding.device_set != target.device_set else x
+
+    return jax.tree.map(moved, small)
+
+
 def replicated_beside(small: Any, large: Any) -> Any:
     """A tree of small arrays on every device of the mesh on which another tree lives; as it is if there is none."""
     leaves = [x for x in jax.tree.leaves(large) if isinstance(x, Array) and not isinstance(x, jax.core.Tracer)]

@@ -181,3 +181,24 @@ def test_codes_of_sums_over_layouts():
     moved = float(np.mean(codes[0] != codes[1]))
     print(f"{moved:.1e} of the codes moved")
     assert moved <= 1e-3
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4_smoothquant", "nvfp4_gptq_max"])
+def test_statistics_of_other_devices(recipe):
+    """Calibrated on a mesh and quantized on one device, and the reverse: everything is where the weights are."""
+    w = {"a": jnp.asarray(np.random.default_rng(0).normal(size=(32, 16)), jnp.float32)}
+    w |= {"norm": jnp.ones(32)}
+    on_mesh = jax.device_put(w, NamedSharding(jax.make_mesh((8,), ("tp",), axis_types=(AxisType.Auto,)), P()))
+
+    def apply(params, x):
+        return (x * params["norm"]) @ params["a"]
+
+    x = jnp.ones((4, 32))
+    chosen = plan(apply, w, x, recipe=recipe)
+    wanted = jaxfp4.quantize_params(w, chosen, jaxfp4.calibrate(apply, w, [x], chosen, progress=False))
+    for calibrated, quantized in ((on_mesh, w), (w, on_mesh)):
+        stats = jaxfp4.calibrate(apply, calibrated, [x], chosen, progress=False)
+        found = jaxfp4.quantize_params(quantized, chosen, stats)
+        assert jaxfp4.digest(found) == jaxfp4.digest(wanted)
+        devices = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(found)}
+        assert devices == {len(quantized["a"].sharding.device_set)}

@@ -155,6 +155,8 @@ def test_default_length_is_for_what_is_packed():
     options = {"vocabulary": 100, "default_length": 7}
     assert [len(row) for row in token_rows(np.arange(20), **options)] == [7, 7]
     assert [len(row) for row in token_rows(np.zeros((1, 20), int), **options)] == [20]
+    batches = read_calibration_data([list(range(20))], vocabulary=100, default_length=7)
+    assert [batch.shape for batch in batches] == [(2, 7)] and str(batches).startswith("2 rows of 7 tokens")
 
 
 @pytest.mark.parametrize(
