@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxfp4.checkpoints import writer
+from jaxfp4.checkpoints.file_layout import divided
 from jaxfp4.checkpoints.pending import PendingTensor
 
 
@@ -43,7 +44,7 @@ def _write_together(
 ) -> None:
     process, first = jax.process_index(), jax.process_index() == 0
     parts = assigned(tensors, jax.process_count())
-    files = writer.named_files([writer.divided(part, max_shard_bytes) if part else [] for part in parts])
+    files = writer.named_files([divided(part, max_shard_bytes) if part else [] for part in parts])
     sent = [tensor for tensor in sorted(tensors, key=lambda t: t.name) if tensor.holders == ()]
     agreement = _Agreement(out_dir)
     with agreement.step():

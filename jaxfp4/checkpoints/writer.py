@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import pathlib
@@ -14,20 +13,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxfp4.checkpoints.file_layout import divided, file_layout, index_of, shard_names
 from jaxfp4.checkpoints.pending import PendingTensor
-from jaxfp4.checkpoints.safetensors_file import DTYPES
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-# The order in which the safetensors library lays tensors out, the first in the file first.
-_LAYOUT = (
-    *("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
-    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
-)
-_DTYPE_NAMES = {DTYPES[name]: name for name in _LAYOUT}
-_DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPE_NAMES)}
-_HEADER_ALIGNMENT = 8
 
 
 @contextlib.contextmanager
@@ -107,39 +97,16 @@ def write_tensors(
     write_index(directory, files)
 
 
-def divided(tensors: Iterable[PendingTensor], limit: int | None) -> list[list[PendingTensor]]:
-    """The tensors of each file, in the order of their names, for files of at most `limit` bytes."""
-    shards: list[list[PendingTensor]] = [[]]
-    size = 0
-    for tensor in sorted(tensors, key=lambda tensor: tensor.name):
-        if shards[-1] and limit is not None and size + tensor.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.nbytes
-    return shards
-
-
 def named_files(groups: Sequence[list[list[PendingTensor]]]) -> list[dict[str, list[PendingTensor]]]:
     """File name -> tensors, for each of several groups of files that belong to one checkpoint."""
-    total = sum(map(len, groups))
-    numbers = iter(range(1, total + 1))
-    return [
-        {
-            SINGLE_FILE if total == 1 else f"model-{next(numbers):05d}-of-{total:05d}.safetensors": shard
-            for shard in group
-        }
-        for group in groups
-    ]
+    names = iter(shard_names("model", sum(map(len, groups))))
+    return [{next(names): shard for shard in group} for group in groups]
 
 
 def write_index(directory: pathlib.Path, files: Mapping[str, list[PendingTensor]]) -> None:
     """Writes the index of several files; of a single one there is none."""
-    if len(files) == 1:
-        return
-    total = sum(tensor.nbytes for shard in files.values() for tensor in shard)
-    weight_map = {tensor.name: file_name for file_name, shard in files.items() for tensor in shard}
-    write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if len(files) > 1:
+        write_json(directory / INDEX_FILE, index_of(files))
 
 
 class TensorFile:
@@ -147,12 +114,13 @@ class TensorFile:
 
     def __init__(self, file: BinaryIO, tensors: Iterable[PendingTensor]):
         self._file = file
-        #: In the order of the file, in which writing them is fastest.
-        self.tensors = sorted(tensors, key=lambda tensor: (_DTYPE_RANK[tensor.dtype], tensor.name))
-        header = _header(self.tensors)
-        self._file.write(header)
-        starts = itertools.accumulate((tensor.nbytes for tensor in self.tensors), initial=len(header))
-        self._starts = {tensor.name: start for tensor, start in zip(self.tensors, starts, strict=False)}
+        self._layout = file_layout(tensors)
+        self._file.write(self._layout.header)
+
+    @property
+    def tensors(self) -> tuple[PendingTensor, ...]:
+        """In the order of the file, in which writing them is fastest."""
+        return self._layout.tensors
 
     def write(self, tensor: PendingTensor) -> None:
         """Fetches the values of one of `tensors` and puts them in their place."""
@@ -165,7 +133,7 @@ class TensorFile:
                 f"tensor {tensor.name!r} came as {values.dtype} {values.shape}: wanted {tensor.dtype} "
                 f"{tensor.shape}, as announced"
             )
-        self._file.seek(self._starts[tensor.name])
+        self._file.seek(self._layout.starts[tensor.name])
         self._file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 
@@ -175,22 +143,6 @@ def new_file(path: pathlib.Path, tensors: Iterable[PendingTensor]) -> Iterator[T
     with path.open("wb") as file:
         yield TensorFile(file, tensors)
         _flush(file)
-
-
-def _header(tensors: list[PendingTensor]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + tensor.nbytes
-        entries[tensor.name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _flush(file: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,17 +12,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxfp4.checkpoints.safetensors_file import DTYPES
+from jaxfp4.checkpoints.file_layout import divided, file_layout, index_of, shard_names
 from jaxfp4.checkpoints.streaming.resume import finished_file
 from jaxfp4.checkpoints.writer import write_json
-
-_LAYOUT = (
-    *("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
-    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
-)
-_DTYPE_NAMES = {DTYPES[name]: name for name in _LAYOUT}
-_DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPE_NAMES)}
-_HEADER_ALIGNMENT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +36,15 @@ class NewFile:
     """A safetensors file that is being written; its header is there, the tensors come in any order."""
 
     def __init__(self, file: BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, str]):
-        ordered = sorted(tensors, key=lambda tensor: (_DTYPE_RANK[tensor.dtype], tensor.name))
-        header = _header(ordered, metadata)
+        layout = file_layout(tensors, metadata)
         self._file = file
-        self._offsets: dict[str, int] = {}
-        offset = len(header)
-        for tensor in ordered:
-            self._offsets[tensor.name] = offset
-            offset += tensor.nbytes
-        file.truncate(offset)
-        self._write_at(0, header)
+        self._starts = layout.starts
+        file.truncate(layout.size)
+        self._write_at(0, layout.header)
 
     def write(self, name: str, begin: int, values: np.ndarray) -> None:
         """Writes contiguous values from byte `begin` of a tensor on."""
-        self._write_at(self._offsets[name] + begin, values.reshape(-1).view(np.uint8).data)
+        self._write_at(self._starts[name] + begin, values.reshape(-1).view(np.uint8).data)
 
     def _write_at(self, offset: int, data: bytes | memoryview) -> None:
         self._file.seek(offset)
@@ -87,20 +73,15 @@ def write_shards(
     Files that are there already, from an earlier run, are not written again. A file is brought to the disk while the
     next one is filled.
     """
-    shards = _shards(sorted(tensors, key=lambda tensor: tensor.name), max_shard_bytes)
-    count = len(shards)
-    names = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    if count == 1:
-        names = [f"{stem}.safetensors"]
+    shards = divided(tensors, max_shard_bytes)
+    files = dict(zip(shard_names(stem, len(shards)), shards, strict=True))
     with _background() as finish:
-        for name, shard in zip(names, shards, strict=True):
+        for name, shard in files.items():
             if not (directory / name).is_file():
                 _write_file(directory / name, shard, fill, metadata(shard), finish)
-    if count > 1:
-        total = sum(tensor.nbytes for tensor in tensors)
-        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    if len(files) > 1:
         with finished_file(directory / f"{stem}.safetensors.index.json") as path:
-            write_json(path, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(path, index_of(files))
 
 
 def _write_file(
@@ -131,34 +112,6 @@ def _background() -> Iterator[Callable[[Callable[[], Any]], None]]:
         yield start
         while pending:
             pending.pop().result()
-
-
-def _shards(tensors: list[NewTensor], limit: int | None) -> list[list[NewTensor]]:
-    shards: list[list[NewTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and limit is not None and size + tensor.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.nbytes
-    return shards
-
-
-def _header(tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + tensor.nbytes
-        entries[tensor.name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
 
 
 def refuse_too_large(directory: Path, out_dir: Path, tensors: Sequence[NewTensor]) -> None:
