@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
@@ -42,7 +43,7 @@ def quantize_files(
     read = 0
     try:
         with Progress(console=console, transient=True) as bar:
-            task = bar.add_task(f"{total / 1e9:.2f} GB", total=total)
+            task = bar.add_task(decimal(total), total=total)
 
             def advance(count: int) -> None:
                 nonlocal read
@@ -64,16 +65,16 @@ def quantize_files(
     seconds = time.monotonic() - start
     written = sum(path.stat().st_size for path in out_dir.rglob("*") if path.is_file())
     console.print(
-        f"{len(plan.quantized)} weights quantized, {total / 1e9:.2f} GB to {written / 1e9:.2f} GB; {read / 1e9:.2f} GB "
-        f"in {seconds:.1f} s ({read / 1e6 / seconds:.0f} MB/s)\nwritten to {out_dir}"
+        f"{len(plan.quantized)} weights quantized, {decimal(total)} to {decimal(written)}; {decimal(read)} in "
+        f"{seconds:.1f} s ({read / 1e6 / seconds:.0f} MB/s)\nwritten to {out_dir}"
     )
 
 
 def _table(plan: FilePlan) -> Table:
     """What is quantized, and by reason what is left."""
     table = Table(title=f"{len(plan.quantized)} of {len(plan.source.tensors)} tensors are quantized")
-    for heading in ("tensors", "GB", "what happens", "such as"):
-        table.add_column(heading, justify="right" if heading in ("tensors", "GB") else "left", overflow="fold")
+    for heading in ("tensors", "size", "what happens", "such as"):
+        table.add_column(heading, justify="right" if heading in ("tensors", "size") else "left", overflow="fold")
     rows: dict[str, list[str]] = defaultdict(list)
     for tensor in plan.quantized:
         rows["quantized"].append(tensor.name)
@@ -85,5 +86,5 @@ def _table(plan: FilePlan) -> Table:
         # Of stacks of experts all are named: they are most of a model, and the user has to know.
         shown = names if "experts" in what else names[:_EXAMPLES]
         examples = ", ".join(shown) + ("" if shown is names else more)
-        table.add_row(str(len(names)), f"{size / 1e9:.2f}", escape(what), escape(examples))
+        table.add_row(str(len(names)), decimal(size), escape(what), escape(examples))
     return table

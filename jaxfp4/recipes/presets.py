@@ -69,8 +69,9 @@ def presets() -> Mapping[str, Recipe]:
     for suffix, method in {"": Method(), "_gptq": METHODS["gptq"]}.items():
         attention = Rule(Scheme.W4A16, roles=frozenset({Role.ATTENTION}), method=method)
         recipes.append(Recipe(f"nvfp4_mixed{suffix}", (attention, Rule(Scheme.W4A4, roles=_MLP, method=method))))
-    fp8_attention = Rule(Scheme.W8A8, roles=frozenset({Role.ATTENTION}))
-    recipes.append(Recipe("nvfp4_mixed_fp8", (fp8_attention, Rule(Scheme.W4A4, roles=_MLP))))
+        fp8_attention = Rule(Scheme.W8A8, roles=frozenset({Role.ATTENTION}))
+        rules = (fp8_attention, Rule(Scheme.W4A4, roles=_MLP, method=method))
+        recipes.append(Recipe(f"nvfp4_mixed_fp8{suffix}", rules))
     for cache in CacheFormat:
         recipes.append(Recipe(f"nvfp4_kv_{cache.value.lower()}", (Rule(Scheme.W4A4),), kv_cache=KvCache(cache)))
     return {recipe.name: recipe for recipe in recipes}

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 
 import jaxfp4
 from jaxfp4 import Recipe, Role, Rule, Scheme
-from jaxfp4.checkpoints import SafetensorsFile, TensorName, export_checkpoint, load_checkpoint
+from jaxfp4.checkpoints import SafetensorsFile, Severity, TensorName, export_checkpoint, load_checkpoint
+from jaxfp4.checkpoints.streaming.convert import convert
 from jaxfp4.formats import LeafError
 from jaxfp4.recipes import Method, Mse
 from jaxfp4.tensors import FP8Tensor, NVFP4Tensor
@@ -166,3 +167,23 @@ def test_bad_input(tmp_path, job):
     other = jaxfp4.plan(models.scanned, PARAMS, TOKENS)
     with pytest.raises(LeafError, match=r"^layers/k: .*out has no NVFP4 weight 'model.layers.0.k_proj': wanted one by"):
         load_checkpoint(tmp_path / "out", params=PARAMS, plan=other, names=NAMES)
+
+
+def test_conversion_and_verification(tmp_path, job):
+    for file_format in FORMATS:
+        export_checkpoint(job[2], tmp_path / file_format, names=NAMES, format=file_format)
+        convert(
+            tmp_path / file_format, tmp_path / f"from {file_format}", file_format=FORMATS[file_format == FORMATS[0]]
+        )
+        assert not [f for f in jaxfp4.verify_checkpoint(tmp_path / file_format) if f.severity is Severity.ERROR]
+    for found, wanted in (("from modelopt", FORMATS[1]), ("from compressed-tensors", FORMATS[0])):
+        one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in (found, wanted))
+        assert one == other
+    path = tmp_path / "modelopt/model.safetensors"
+    file = SafetensorsFile(path)
+    stored = file.tensor("model.layers.0.k_proj.input_scale").tobytes()
+    path.write_bytes(path.read_bytes().replace(stored, np.float32(0).tobytes()))
+    errors = [f for f in jaxfp4.verify_checkpoint(tmp_path / "modelopt") if f.severity is Severity.ERROR]
+    subjects = {f"model.layers.0.{name}_proj.input_scale" for name in "qkv"}  # they share it
+    assert {f.subject for f in errors} == subjects
+    assert {(f.check, f.found) for f in errors} == {("unusable-scale", "0: wanted a positive, finite number")}

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxfp4.checkpoints.configs import COMPRESSED_TENSORS
 from jaxfp4.checkpoints.safetensors_file import Checkpoint
+from jaxfp4.checkpoints.stored import FP8_INPUT_SCALE, FP8_SCALE, joined
 from jaxfp4.checkpoints.verification.block_statistics import BlockStatistics, block_statistics
 from jaxfp4.checkpoints.verification.findings import Finding, Rule, Severity
 from jaxfp4.checkpoints.verification.quantized_modules import F32, Inventory, QuantizedModule, StoredTensor, multiplier
@@ -114,6 +115,19 @@ def check_values(checkpoint: Checkpoint, inventory: Inventory) -> Iterator[Findi
             yield from _block_scales(module.name, statistics)
             yield from _codes(module.name, statistics)
             yield from _magnitude(checkpoint, module, statistics)
+    names = frozenset(checkpoint.names())
+    for plain in inventory.plain.values():
+        if plain.scheme == "FP8":
+            yield from _fp8_scales(checkpoint, names, plain.name)
+
+
+def _fp8_scales(checkpoint: Checkpoint, names: frozenset[str], module: str) -> Iterator[Finding]:
+    """Of an FP8 weight with one scale, in both formats a multiplier."""
+    for name in (joined(module, FP8_SCALE), joined(module, FP8_INPUT_SCALE)):
+        if name in names and checkpoint.info(name) in ((F32, ()), (F32, (1,))):
+            stored = float(checkpoint.tensor(name).reshape(()))
+            if not _is_usable(stored):
+                yield SCALAR.at(name, f"{stored:g}: wanted a positive, finite number")
 
 
 def statistics_of(checkpoint: Checkpoint, module: QuantizedModule, *, count_codes: bool = False) -> BlockStatistics:
