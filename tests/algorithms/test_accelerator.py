@@ -1,0 +1,117 @@
+"""The same bytes on an accelerator as on the CPU: `pytest -m gpu -n 0`, on a machine that has one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jaxfp4
+from jaxfp4.algorithms.encoders import encoder_for
+from jaxfp4.checkpoints.streaming.slab_quantizer import SlabQuantizer
+from jaxfp4.recipes import FourOverSix, Method, Mse
+from jaxfp4.tensors import quantize_fp8, quantize_unchecked
+
+from . import models
+
+pytestmark = pytest.mark.gpu
+
+EXACT = (
+    "nvfp4",
+    "nvfp4_mse",
+    "nvfp4_four_over_six",
+    "nvfp4_mixed_fp8",
+    "nvfp4_weighted_mse",
+    "nvfp4_act_headroom",
+    "nvfp4_act_mse",
+)
+"""Decided by integers or by exact maxima: equal bytes from equal statistics."""
+SUMS = ("nvfp4_local_hessian", "nvfp4_gptq", "nvfp4_gptq_max", "nvfp4_hadamard", "nvfp4_smoothquant_gptq", "nvfp4_awq")
+"""Sums of floats in the order of the backend: a near tie may fall otherwise."""
+
+
+def on(device, tree):
+    return jax.device_put(tree, device)
+
+
+@functools.cache
+def job(recipe):
+    """Parameters, plan and statistics, all from the CPU."""
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        params = on(cpu, models.draw())
+        batches = on(cpu, models.batches(2))
+        plan = jaxfp4.plan(models.scanned, params, batches[0], recipe=recipe)
+        stats = jaxfp4.calibrate(models.scanned, params, batches, plan, progress=False)
+        return params, batches, plan, stats, jaxfp4.quantize_params(params, plan, stats)
+
+
+@pytest.mark.parametrize("recipe", EXACT)
+def test_same_digest_from_the_same_statistics(recipe):
+    params, _, plan, stats, wanted = job(recipe)
+    device = jax.devices()[0]
+    found = jaxfp4.quantize_params(on(device, params), plan, on(device, stats))
+    platforms = {d.platform for leaf in jax.tree.leaves(found) for d in leaf.devices()}
+    assert platforms == {device.platform}
+    assert jaxfp4.digest(found, inputs=True) == jaxfp4.digest(wanted, inputs=True)
+
+
+@pytest.mark.parametrize("recipe", SUMS)
+def test_few_codes_move_where_floats_are_summed(recipe):
+    params, _, plan, stats, wanted = job(recipe)
+    device = jax.devices()[0]
+    found = jaxfp4.weights(jaxfp4.quantize_params(on(device, params), plan, on(device, stats)))
+    moved = total = 0
+    for path, weight in jaxfp4.weights(wanted).items():
+        one, other = (np.asarray(w.weight.packed) for w in (weight, found[path]))
+        moved += int(np.sum((one & 15) != (other & 15)) + np.sum((one >> 4) != (other >> 4)))
+        total += 2 * one.size
+    assert moved / total < 1e-3
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_weight_only"])
+def test_simulation_is_near_that_of_the_cpu(recipe):
+    _, batches, plan, _, qparams = job(recipe)
+    device = jax.devices()[0]
+    run = jaxfp4.quantized(models.scanned, plan)
+    wanted = np.asarray(run(qparams, batches[0]), np.float32)
+    found = np.asarray(run(on(device, qparams), on(device, batches[0])), np.float32)
+    assert np.linalg.norm(found - wanted) < 0.1 * np.linalg.norm(wanted)
+
+
+def test_fp8_of_every_bfloat16():
+    patterns = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    w = patterns[np.isfinite(patterns.astype(np.float32))].reshape(-1, 32)
+    for amax in (np.float32(3e38), np.float32(1.7), np.float32(1e-20)):
+        tensors = [
+            quantize_fp8(on(d, jnp.asarray(w)), amax=on(d, amax)) for d in (jax.devices()[0], jax.devices("cpu")[0])
+        ]
+        one, other = (np.asarray(t.values).view(np.uint8) for t in tensors)
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("method", [Method(), Method(Mse()), Method(FourOverSix())], ids=str)
+def test_slabs_of_files(method):
+    """What `quantize --weight-only` computes on the default device, against the quantizer of arrays on the CPU."""
+    w = np.random.default_rng(0).standard_t(4, size=(64, 256)).astype(ml_dtypes.bfloat16)
+    amax = float(np.abs(w.astype(np.float32)).max())
+    slabs = SlabQuantizer.of(method)
+    packed, scales = slabs.encode(w.reshape(-1), slabs.scaling(amax, w.dtype))
+    cpu = jax.devices("cpu")[0]
+    wanted = quantize_unchecked(on(cpu, w), -1, divisor=method.scales.divisor, encoder=encoder_for(method))
+    np.testing.assert_array_equal(np.asarray(packed).reshape(-1)[: w.size // 2], np.asarray(wanted.packed).ravel())
+    np.testing.assert_array_equal(
+        np.asarray(scales).reshape(-1)[: w.size // 16], np.asarray(wanted.scales).view(np.uint8).ravel()
+    )
+
+
+def test_folding_changes_the_function_by_rounding_only():
+    params, batches, plan, stats, _ = job("nvfp4_smoothquant_gptq")
+    device = jax.devices()[0]
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32), on(device, params))
+    folded = jaxfp4.fold_channel_scales(wide, plan, on(device, stats))
+    with jax.default_matmul_precision("highest"):
+        one, other = (jax.jit(models.scanned)(p, on(device, batches[0])) for p in (wide, folded))
+    assert float(jnp.linalg.norm(one - other) / jnp.linalg.norm(one)) < 1e-5
