@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
+
+from jaxfp4.models import Decoder, DecoderConfig
 
 D, F, E, V, L = 64, 32, 8, 50, 2
 HEADS = 4
@@ -98,3 +101,20 @@ def apart(params: dict) -> dict:
 
 def batches(count: int = 3) -> list[jax.Array]:
     return [jnp.asarray(np.random.default_rng(i).integers(0, V, (4, 8)), jnp.int32) for i in range(count)]
+
+
+def drawn_decoder(config: DecoderConfig, **types) -> Decoder:
+    """The built-in decoder with normal kernels of variance 1 / inputs, drawn by numpy: its own draws are compiled."""
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **types)))
+
+    def values(path, leaf):
+        if path[-1] in ("scale", "bias"):
+            return jnp.full(leaf.shape, float(path[-1] == "scale"), leaf.dtype)
+        rng = np.random.default_rng(len(drawn))
+        inputs = leaf.shape[-1] if path[-1] == "embedding" else leaf.shape[-2]
+        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(inputs), leaf.dtype)
+
+    drawn = []
+    for path, variable in nnx.to_flat_state(shapes):
+        drawn.append((path, variable.replace(values(path, variable.get_value()))))
+    return nnx.merge(graph, nnx.from_flat_state(drawn))

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding
@@ -14,10 +13,12 @@ import jaxfp4
 from jaxfp4.algorithms import calibrate, observed, quantize_params, quantized
 from jaxfp4.algorithms.cache import cache_amaxes
 from jaxfp4.formats import LeafError
-from jaxfp4.models import Decoder, DecoderConfig, from_flax
+from jaxfp4.models import DecoderConfig, from_flax
 from jaxfp4.recipes import Awq, CacheFormat, KvCache, Method, Recipe, Role, Rule, Scheme, plan
 from jaxfp4.tensors import QuantizedWeight
 from jaxfp4.tensors.cache_rounding import fake_quantize_cache
+
+from . import models
 
 PRESETS = {"nvfp4_kv_fp8": CacheFormat.FP8, "nvfp4_kv_nvfp4": CacheFormat.NVFP4}
 D, H, K, T, L = 32, 4, 16, 8, 3
@@ -33,6 +34,9 @@ def attention(p, x, rounded=lambda x, kind: checkpoint_name(x, kind)):
     k, v = rounded(jnp.tanh(k), "keys"), rounded(v, "values")
     weights = jax.nn.softmax(jnp.einsum("thk,shk->hts", q, k))
     return x + jnp.einsum("hts,shk,hkd->td", weights, v, p["o"])
+
+
+in_full = jax.jit(attention)
 
 
 def scanned(p, x):
@@ -69,7 +73,7 @@ def test_quantized_is_rounding_at_the_marks(preset, calibrated):
     by_hand = jax.jit(lambda p, x: attention(p, x, lambda x, n: fake_quantize_cache(x, amaxes[n], PRESETS[preset])))
     found = quantized(attention, result)(qparams, X)
     np.testing.assert_allclose(found, by_hand(plain, X), rtol=1e-5, atol=1e-5)
-    assert np.abs(found - jax.jit(attention)(plain, X)).max() > 1e-3
+    assert np.abs(found - in_full(plain, X)).max() > 1e-3
 
 
 def test_one_calibration_serves_both_formats():
@@ -88,12 +92,11 @@ def test_layers_of_a_scan(preset):
     qparams = quantize_params(STACK, result, stats)
     assert qparams["k"].cache.keys.shape == qparams["v"].cache.values.shape == (L,)
     x = quantized(scanned, result)(qparams, X)
-    c = X
+    c, one = X, plan(attention, PARAMS, X, recipe=preset)
+    apply = quantized(attention, one)
     for i in range(L):
-        layer = {n: w[i] for n, w in STACK.items()}
-        one = plan(attention, layer, X, recipe=preset)
-        own = {p: {n: s[i] for n, s in states.items()} for p, states in stats.items()}
-        c = quantized(attention, one)(quantize_params(layer, one, own), c)
+        layer, own = jax.tree.map(lambda stack, i=i: jnp.asarray(np.asarray(stack)[i]), (STACK, stats))
+        c = apply(quantize_params(layer, one, own), c)
     np.testing.assert_allclose(x, c, rtol=1e-3, atol=1e-3)
 
 
@@ -118,8 +121,8 @@ def test_gradient_is_straight_through(preset):
     def straight_through(x, name):
         return x + lax.stop_gradient(fake_quantize_cache(x, amaxes[name], PRESETS[preset]) - x)
 
-    found = jax.grad(lambda x: (quantized(attention, result)(qparams, x) ** 2).sum())(X)
-    wanted = jax.grad(lambda x: (attention(plain, x, straight_through) ** 2).sum())(X)
+    found = jax.jit(jax.grad(lambda x: (quantized(attention, result)(qparams, x) ** 2).sum()))(X)
+    wanted = jax.jit(jax.grad(lambda x: (attention(plain, x, straight_through) ** 2).sum()))(X)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
     assert np.abs(found).max() > 1
 
@@ -137,14 +140,15 @@ def test_equal_statistics_on_meshes(kind):
 
     params, x = {n: jnp.round(PARAMS[n] * 9) for n in ("k", "v")}, jnp.round(X * 4)
     result = plan(apply, params, x, recipe=Recipe("all", (Rule(Scheme.W4A4, roles=EVERYTHING),), kv_cache=KvCache()))
-    single = observed(apply, result)(params, x)[1]
+    observe = jax.jit(observed(apply, result))
+    single = observe(params, x)[1]
     qparams = quantize_params(params, result, single)
     outputs = quantized(apply, result)(qparams, x)
     mesh = jax.make_mesh((2, 4), ("dp", "tp"), axis_types=(kind, kind))
     with jax.set_mesh(mesh):
-        placed = {n: jax.device_put(w, NamedSharding(mesh, SPECS[n])) for n, w in params.items()}
-        split = jax.device_put(x, NamedSharding(mesh, P("dp")))
-        _, stats = jax.jit(observed(apply, result))(placed, split)
+        placed = {n: jax.device_put(np.asarray(w), NamedSharding(mesh, SPECS[n])) for n, w in params.items()}
+        split = jax.device_put(np.asarray(x), NamedSharding(mesh, P("dp")))
+        _, stats = observe(placed, split)
         for path, states in single.items():
             for name, state in states.items():
                 np.testing.assert_array_equal(stats[path][name], state, err_msg=f"{path} {name}")
@@ -174,7 +178,7 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 12)), jnp.int3
 
 
 def test_decoder_marks_its_keys_and_values():
-    apply, params = from_flax(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+    apply, params = from_flax(models.drawn_decoder(CONFIG))
     result = plan(apply, params, TOKENS, recipe="nvfp4_kv_fp8")
     kinds = {"k_proj": "keys", "v_proj": "values"}
     assert {e.path: e.cached for e in result.entries if e.cached} == {

@@ -39,7 +39,7 @@ def test_bytes_of_each_layer(scale):
     assert qparams["layers"]["router"] is STACKED["layers"]["router"]
     assert qparams["embed"] is STACKED["embed"]
     for name in models.QUANTIZED:
-        found = qparams["layers"][name].weight
+        found = jax.tree.map(np.asarray, qparams["layers"][name].weight)
         assert qparams["layers"][name].input_scale is None
         per_expert = scale == "expert" and name in ("gate", "up", "down")
         for i in range(models.L):

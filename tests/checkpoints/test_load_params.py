@@ -1,6 +1,7 @@
 """Checkpoints come back into the parameter tree of a function, which then runs on the packed weights."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -8,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from algorithms import models as small_models
-from flax import nnx
 from golden_models import mesh, tensors_of
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -18,7 +18,7 @@ from jaxfp4.checkpoints.load_params import amax_of_cache_scale
 from jaxfp4.checkpoints.pending import PendingTensor
 from jaxfp4.checkpoints.writer import write_tensors
 from jaxfp4.formats import LeafError
-from jaxfp4.models import Decoder, DecoderConfig, checkpoint_names, from_flax, shardings
+from jaxfp4.models import DecoderConfig, checkpoint_names, from_flax, shardings
 from jaxfp4.recipes import ExpertScale
 
 FORMATS = ["modelopt", "compressed-tensors"]
@@ -40,14 +40,21 @@ def assert_same_trees(found, wanted):
         assert np.asarray(value).tobytes() == np.asarray(other).tobytes(), path
 
 
+@functools.cache
+def stats_of_stacked():
+    """They are the same whether experts share a scale or not."""
+    params, batches = small_models.draw(), small_models.batches(1)
+    plan = jaxfp4.plan(small_models.scanned, params, batches[0])
+    return jaxfp4.calibrate(small_models.scanned, params, batches, plan, progress=False)
+
+
 @pytest.fixture(scope="module", params=["stack", "expert"])
 def stacked(request):
     """A model whose layers are stacked for a scan, with experts and contractions over two axes."""
     params = jax.tree.map(jnp.asarray, small_models.draw())
     batches = small_models.batches(1)
     plan = jaxfp4.plan(small_models.scanned, params, batches[0], expert_scale=request.param)
-    stats = jaxfp4.calibrate(small_models.scanned, params, batches, plan, progress=False)
-    return params, plan, jaxfp4.quantize_params(params, plan, stats), batches[0]
+    return params, plan, jaxfp4.quantize_params(params, plan, stats_of_stacked()), batches[0]
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -59,8 +66,8 @@ def test_stacks_and_axis_orders_come_back(tmp_path, stacked, file_format):
     assert jaxfp4.digest(loaded) == jaxfp4.digest(qparams)
     if file_format == "modelopt":  # the reciprocals of compressed-tensors may move an input scale by its last bit
         assert_same_trees(loaded, qparams)
-        found, wanted = (jaxfp4.quantized(small_models.scanned, plan)(tree, tokens) for tree in (loaded, qparams))
-        np.testing.assert_array_equal(found, wanted)
+        run = jaxfp4.quantized(small_models.scanned, plan)
+        np.testing.assert_array_equal(run(loaded, tokens), run(qparams, tokens))
 
 
 def test_onto_a_mesh_by_the_shardings_of_the_parameters(tmp_path, stacked):
@@ -83,15 +90,16 @@ def test_onto_a_mesh_by_the_shardings_of_the_parameters(tmp_path, stacked):
         assert gate.packed.sharding.spec == gate.scales.sharding.spec == PartitionSpec(None, "ep", None, "tp")
         assert {shard.data.shape for shard in gate.packed.addressable_shards} == {(2, 4, 32, 8)}
     # Heads of 16 split over tp keep their blocks whole, as when they were quantized on that mesh.
-    moved = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, target)
+    moved = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), params, target)
     again = jaxfp4.quantize_params(moved, plan)
     for name in ("o", "down", "q"):
         found, wanted = by_target["layers"][name].weight, again["layers"][name].weight
         assert found.packed.sharding.is_equivalent_to(wanted.packed.sharding, found.packed.ndim), name
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
-def test_the_decoder_runs_from_packed_weights(tmp_path, file_format):
+@pytest.fixture(scope="module")
+def decoder():
+    """A decoder's `(configuration, parameters, plan, quantized parameters, quantized function, tokens)`."""
     config = DecoderConfig(
         model_type="llama",
         vocab_size=32,
@@ -104,11 +112,17 @@ def test_the_decoder_runs_from_packed_weights(tmp_path, file_format):
         max_position_embeddings=32,
     )
     # Global scales of bfloat16 weights survive the reciprocals of compressed-tensors; those of float32 may not.
-    model = Decoder(config, param_dtype=jnp.bfloat16, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    model = small_models.drawn_decoder(config, param_dtype=jnp.bfloat16, dtype=jnp.float32)
     apply_fn, params = from_flax(model)
     tokens = np.arange(16, dtype=np.int32).reshape(2, 8)
     plan = jaxfp4.plan(apply_fn, params, tokens, recipe="nvfp4_kv_fp8")
     qparams = jaxfp4.quantize_params(params, plan, jaxfp4.calibrate(apply_fn, params, [tokens], plan, progress=False))
+    return config, params, plan, qparams, jaxfp4.quantized(apply_fn, plan), tokens
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_the_decoder_runs_from_packed_weights(tmp_path, decoder, file_format):
+    config, params, plan, qparams, run, tokens = decoder
     names = checkpoint_names(config)
     export_checkpoint(qparams, tmp_path / "out", names=names, config=config.to_hf(), format=file_format)
     placed = shardings(config, mesh(tp=2))
@@ -125,7 +139,6 @@ def test_the_decoder_runs_from_packed_weights(tmp_path, file_format):
                 assert np.float32(found) / np.float32(448) == np.float32(wanted) / np.float32(448)
     assert sum(weight.cache is not None for weight in weights.values()) == 2
     one_device = load_checkpoint(tmp_path / "out", params=params, plan=plan, names=names)
-    run = jaxfp4.quantized(apply_fn, plan)
     if file_format == "modelopt":
         np.testing.assert_array_equal(run(one_device, tokens), run(qparams, tokens))
     np.testing.assert_allclose(run(loaded, tokens), run(qparams, tokens), rtol=0, atol=1e-5)

@@ -1,5 +1,6 @@
 """Several processes write one checkpoint: each files of its own, together the bytes that one process writes."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -22,19 +23,26 @@ def free_port():
         return server.getsockname()[1]
 
 
-def run(out_dir, fail=""):
-    """Exit statuses and errors of the two processes."""
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """The folder that two processes exported into, and what each raised, by folder: three exports of one pair."""
+    directory = tmp_path_factory.mktemp("exports")
+    for folder in two_processes.FOLDERS:
+        (directory / folder).mkdir()
+    (directory / "existing" / "out").mkdir()
     port = free_port()
-    commands = [[sys.executable, str(SCRIPT), str(port), str(process), str(out_dir), fail] for process in range(2)]
+    commands = [[sys.executable, str(SCRIPT), str(port), str(process), str(directory)] for process in range(2)]
     started = [subprocess.Popen(c, stderr=subprocess.PIPE, text=True, cwd=SCRIPT.parents[2]) for c in commands]
     errors = [process.communicate(timeout=100)[1] for process in started]
-    return [process.returncode for process in started], errors
+    assert [process.returncode for process in started] == [0, 0], errors
+    return directory, [json.loads((directory / f"{process}.json").read_text()) for process in range(2)]
 
 
-def test_two_processes_write_what_one_writes(tmp_path):
-    statuses, errors = run(tmp_path / "out")
-    assert statuses == [0, 0], errors
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+def test_two_processes_write_what_one_writes(exports, tmp_path):
+    """After a failure, too: the pair's first two exports are those of the tests below."""
+    directory, raised = exports[0] / "good", exports[1]
+    assert [of_process["good"] for of_process in raised] == [None, None]
+    names = sorted(path.name for path in (directory / "out").iterdir())
     files = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert names == ["config.json", "hf_quant_config.json", *files, "model.safetensors.index.json"]
     export_checkpoint(
@@ -43,34 +51,34 @@ def test_two_processes_write_what_one_writes(tmp_path):
         names=two_processes.NAMES,
         config={"model_type": "x"},
     )
-    found, wanted = open_checkpoint(tmp_path / "out"), open_checkpoint(tmp_path / "one")
+    found, wanted = open_checkpoint(directory / "out"), open_checkpoint(tmp_path / "one")
     assert sorted(found.names()) == sorted(wanted.names())
     for name in wanted.names():
         assert found.info(name) == wanted.info(name), name
         assert found.tensor(name).tobytes() == wanted.tensor(name).tobytes(), name
     for name in ("config.json", "hf_quant_config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    sizes = [(tmp_path / "out" / name).stat().st_size for name in files]
+        assert (directory / "out" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    sizes = [(directory / "out" / name).stat().st_size for name in files]
     assert min(sizes) > 0.3 * sum(sizes)  # each holds its share
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out"]
+    assert [path.name for path in directory.iterdir()] == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
-def test_a_failure_on_one_process_is_one_on_all(tmp_path):
-    statuses, errors = run(tmp_path / "out", fail="1")
-    assert all(statuses)
-    assert (
-        "OSError" in errors[0] and "writing failed on process 1: wanted success on all; nothing was left" in errors[0]
-    )
-    assert "writing failed: No space left on device" in errors[1]
-    assert list(tmp_path.iterdir()) == []
+def test_a_failure_on_one_process_is_one_on_all(exports):
+    directory, raised = exports
+    (kind, error), (other_kind, other_error) = (of_process["failing"] for of_process in raised)
+    assert kind == other_kind == "OSError"
+    assert "writing failed on process 1: wanted success on all; nothing was left" in error
+    assert "writing failed: No space left on device" in other_error
+    assert list((directory / "failing").iterdir()) == []
 
 
-def test_an_existing_target_is_refused_by_all(tmp_path):
-    (tmp_path / "out").mkdir()
-    statuses, errors = run(tmp_path / "out")
-    assert all(statuses)
-    assert all("out exists already: wanted a directory to create" in error for error in errors)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+def test_an_existing_target_is_refused_by_all(exports):
+    directory, raised = exports
+    for of_process in raised:
+        assert "out exists already: wanted a directory to create" in of_process["existing"][1]
+    assert [path.name for path in (directory / "existing").iterdir()] == ["out"]
+    assert list((directory / "existing" / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("holders, wanted", [([(0,), (0,), (1,)], [2, 1]), ([None] * 4, [2, 2]), ([()] * 3, [2, 1])])

@@ -1,5 +1,10 @@
-"""One of two processes that export one tree together: `python two_processes.py PORT PROCESS OUT_DIR [FAIL]`."""
+"""One of two processes that export one tree together, three times: `python two_processes.py PORT PROCESS DIRECTORY`.
 
+Into the folders `failing/out`, with a disk that is full on process 1, `existing/out`, and `good/out` of DIRECTORY. What
+each export raised goes to `DIRECTORY/PROCESS.json`: `[type, message]` by folder, null if it raised nothing.
+"""
+
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 PROCESSES, DEVICES = 2, 2
+FOLDERS = ("failing", "existing", "good")
 
 
 def tree(place):
@@ -36,7 +42,7 @@ def tree(place):
 NAMES = {"experts": "layer.experts.{expert}.up", "own_scales": "layer.experts.{expert}.gate"}
 
 
-def main(port, process, out_dir, fail):
+def main(port, process, directory):
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", PROCESSES, int(process))
@@ -49,10 +55,16 @@ def main(port, process, out_dir, fail):
         host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    values = tree(place)
-    if fail and process == fail:
-        values["host"] = _Failing(values["host"])
-    export_checkpoint(values, Path(out_dir), names=NAMES, config={"model_type": "x"})
+    values, raised = tree(place), {}
+    for folder in FOLDERS:
+        failing = folder == "failing" and process == "1"
+        exported = values | {"host": _Failing(values["host"])} if failing else values
+        try:
+            export_checkpoint(exported, Path(directory, folder, "out"), names=NAMES, config={"model_type": "x"})
+            raised[folder] = None
+        except OSError as error:
+            raised[folder] = [type(error).__name__, str(error)]
+    Path(directory, f"{process}.json").write_text(json.dumps(raised))
 
 
 class _Failing(np.ndarray):
@@ -66,4 +78,4 @@ class _Failing(np.ndarray):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], sys.argv[4] if len(sys.argv) > 4 else "")
+    main(*sys.argv[1:])

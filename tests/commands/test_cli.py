@@ -7,12 +7,12 @@ import sys
 
 import numpy as np
 import pytest
-from flax import nnx
+from algorithms.models import drawn_decoder
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxfp4.checkpoints import SafetensorsFile
 from jaxfp4.cli import main
-from jaxfp4.models import Decoder, DecoderConfig, save_decoder
+from jaxfp4.models import DecoderConfig, save_decoder
 
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -41,7 +41,7 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
-    save_decoder(Decoder(DecoderConfig.from_hf(CONFIG), rngs=nnx.Rngs(0)), directory)
+    save_decoder(drawn_decoder(DecoderConfig.from_hf(CONFIG)), directory)
     return directory
 
 
@@ -190,7 +190,7 @@ def word_tokenizer(directory, words):
 
 def test_text_wants_the_tokenizer_of_the_checkpoint(tmp_path, capsys):
     model, out = tmp_path / "m", tmp_path / "out"
-    save_decoder(Decoder(DecoderConfig.from_hf({**CONFIG, "vocab_size": 300}), rngs=nnx.Rngs(0)), model)
+    save_decoder(drawn_decoder(DecoderConfig.from_hf({**CONFIG, "vocab_size": 300})), model)
     (tmp_path / "data.jsonl").write_text('{"body": "a b c d e"}\n{"body": "e d c b a"}\n' * 8)
     arguments = ["quantize", str(model), str(out), "--calib", str(tmp_path / "data.jsonl"), "--calib-field", "body"]
     arguments += ["--samples", "4", "--sequence-length", "16", "--batch-size", "3", "--all-experts"]
@@ -203,7 +203,7 @@ def test_text_wants_the_tokenizer_of_the_checkpoint(tmp_path, capsys):
 
 def test_all_experts_wants_experts(tmp_path, tokens, capsys):
     config = {k: v for k, v in CONFIG.items() if "expert" not in k and k != "architectures"} | {"model_type": "llama"}
-    save_decoder(Decoder(DecoderConfig.from_hf(config), rngs=nnx.Rngs(0)), tmp_path / "m")
+    save_decoder(drawn_decoder(DecoderConfig.from_hf(config)), tmp_path / "m")
     out = tmp_path / "out"
     assert main(["quantize", str(tmp_path / "m"), str(out), "--calib", str(tokens), "--all-experts"]) == 2
     check_error(capsys, "all_experts: the model has no experts", out)
@@ -219,10 +219,22 @@ def test_numbers_and_version():
     assert exit_status.value.code == 0
 
 
+SHORT_DEMO = """
+import runpy, sys
+from jaxfp4.commands import demo
+demo.LENGTH = 64
+sys.argv[0] = "jaxfp4"
+runpy.run_module("jaxfp4", run_name="__main__")
+"""
+
+
 def test_demo_end_to_end_in_a_process_of_its_own(tmp_path):
-    """Takes its time because it is the newcomer's first command: the whole job, on devices that it sets up itself."""
+    """Takes its time because it is the newcomer's first command: the whole job, on devices that it sets up itself.
+
+    As `python -m jaxfp4 demo` does it, with rows of 64 bytes in place of 256.
+    """
     out = tmp_path / "checkpoint"
-    command = [sys.executable, "-W", "error", "-m", "jaxfp4", "demo", "--out", str(out)]
+    command = [sys.executable, "-W", "error", "-c", SHORT_DEMO, "demo", "--out", str(out)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count(" equal") == 4 and "DIFFERENT" not in result.stdout

@@ -5,11 +5,11 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from algorithms.models import drawn_decoder
 
 import jaxfp4
 from jaxfp4.checkpoints import SafetensorsFile, export_checkpoint
-from jaxfp4.models import Decoder, DecoderConfig, checkpoint_names, from_flax
+from jaxfp4.models import DecoderConfig, checkpoint_names, from_flax
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -51,7 +51,7 @@ def exported(request, tmp_path_factory):
     """`(config, function, plan, quantized parameters, directory)`; weights are bfloat16, the computation is float32."""
     model_type, recipe = request.param
     config = config_of(model_type)
-    model = Decoder(config, param_dtype=jnp.bfloat16, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    model = drawn_decoder(config, param_dtype=jnp.bfloat16, dtype=jnp.float32)
     apply_fn, params = from_flax(model)
     plan = jaxfp4.plan(apply_fn, params, TOKENS, recipe=recipe, expert_scale="expert")
     stats = jaxfp4.calibrate(apply_fn, params, [TOKENS], plan, progress=False) if plan.observed else None

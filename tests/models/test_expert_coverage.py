@@ -32,10 +32,10 @@ def model() -> Decoder:
 
 
 @functools.cache
-def calibrated(recipe="nvfp4"):
-    """`(plan, statistics of normal routing, statistics of all experts)`."""
+def calibrated():
+    """`(plan, statistics of normal routing, statistics of all experts)`, moments among them."""
     (apply_fn, params), (all_fn, _) = from_flax(model()), all_experts(model())
-    plan = jaxfp4.plan(apply_fn, params, TOKENS, recipe=recipe)
+    plan = jaxfp4.plan(apply_fn, params, TOKENS, recipe="nvfp4_weighted_mse")
     normal = jaxfp4.make_calibrate_fn(apply_fn, plan)(params, plan.init_stats(params), TOKENS)
     every = jaxfp4.make_calibrate_fn(all_fn, plan)(params, plan.init_stats(params), TOKENS)
     return plan, normal, every
@@ -72,23 +72,30 @@ def test_experts_without_tokens_get_statistics():
 def test_statistics_are_those_of_all_tokens():
     """Of each expert computed on its own."""
     _, _, every = calibrated()
-    seen = []
 
-    def capture(x, *rest):
-        seen.append(x)
-        return routed_experts(x, *rest)
+    @jax.jit
+    def inputs(decoder, tokens):
+        """What the experts of each layer take."""
+        seen = []
 
-    model().with_routing(TOKENS, capture)
-    x, experts = seen[0], model().layers[0].mlp.experts
-    np.testing.assert_array_equal(every[EXPERTS[0]]["amax"], jnp.full(8, jnp.abs(x).max()))
-    gate, up = experts.gate_proj[...], experts.up_proj[...]
-    hidden = jax.nn.silu(jnp.einsum("nd,edf->enf", x, gate)) * jnp.einsum("nd,edf->enf", x, up)
-    np.testing.assert_allclose(every[EXPERTS[2]]["amax"], jnp.abs(hidden).max((1, 2)), rtol=1e-5)
+        def capture(x, *rest):
+            seen.append(x)
+            return routed_experts(x, *rest)
+
+        decoder.with_routing(tokens, capture)
+        return seen
+
+    x, experts = np.asarray(inputs(model(), TOKENS)[0]), model().layers[0].mlp.experts
+    np.testing.assert_array_equal(every[EXPERTS[0]]["amax"], np.full(8, np.abs(x).max()))
+    gated, up = (np.asarray(x @ np.asarray(w[...])) for w in (experts.gate_proj, experts.up_proj))
+    hidden = gated / (1 + np.exp(-gated)) * up
+    np.testing.assert_allclose(every[EXPERTS[2]]["amax"], np.abs(hidden).max((1, 2)), rtol=1e-5)
 
 
 def test_input_scales_are_no_smaller():
-    plan, normal, every = calibrated()
-    _, params = from_flax(model())
+    _, normal, every = calibrated()
+    apply_fn, params = from_flax(model())
+    plan = jaxfp4.plan(apply_fn, params, TOKENS, recipe="nvfp4")
     weights = [jaxfp4.weights(jaxfp4.quantize_params(params, plan, stats)) for stats in (normal, every)]
     assert {path for path in weights[0] if weights[1][path].input_scale > weights[0][path].input_scale} >= set(
         EXPERTS[2:3]
@@ -98,7 +105,7 @@ def test_input_scales_are_no_smaller():
 
 def test_moments_of_all_experts_are_collected():
     """Every expert sees every token once, and those of its own a second time."""
-    plan, normal, every = calibrated(recipe="nvfp4_weighted_mse")
+    plan, normal, every = calibrated()
     path = plan.moments_source(plan.by_path[EXPERTS[0]])[0]
     moments = [np.asarray(stats[path]["moments"]) for stats in (normal, every)]
     extra = moments[1] - moments[0]
@@ -107,14 +114,16 @@ def test_moments_of_all_experts_are_collected():
 
 
 def test_on_a_mesh(tmp_path):
-    plan, _, every = calibrated()
+    _, _, every = calibrated()
     save_decoder(model(), tmp_path)
     sharded = load_decoder(tmp_path, mesh=auto_mesh(tp=2, ep=4))
     (apply_fn, params), (all_fn, _) = from_flax(sharded), all_experts(sharded)
+    plan = jaxfp4.plan(apply_fn, params, TOKENS, recipe="nvfp4")
     stats = jaxfp4.make_calibrate_fn(all_fn, plan)(params, plan.init_stats(params), TOKENS)
     assert jaxfp4.unseen_experts(plan, stats) == {}
-    for path, states in every.items():
-        np.testing.assert_allclose(stats[path]["amax"], states["amax"], rtol=1e-4, err_msg=path)
+    assert stats.keys() == every.keys()
+    for path, states in stats.items():
+        np.testing.assert_allclose(states["amax"], every[path]["amax"], rtol=1e-4, err_msg=path)
     np.testing.assert_array_equal(jax.jit(all_fn)(params, TOKENS), jax.jit(apply_fn)(params, TOKENS))
 
 
