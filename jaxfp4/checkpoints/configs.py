@@ -103,8 +103,11 @@ def refuse_unserializable(source: Mapping[str, Any] | None) -> None:
 def read_config(directory: pathlib.Path) -> dict[str, Any]:
     """The content of config.json; empty if there is no such file. ValueError if it holds no JSON object."""
     path = directory / CONFIG_FILE
-    if not path.is_file():
-        return {}
+    return read_object(path) if path.is_file() else {}
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object that a file holds; ValueError in one line if it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

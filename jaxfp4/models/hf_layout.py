@@ -23,6 +23,7 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
+from jaxfp4.checkpoints.configs import read_object
 from jaxfp4.checkpoints.names import TensorName
 from jaxfp4.checkpoints.pending import PendingTensor, copy_values, entry_of, is_storable, row_major
 from jaxfp4.checkpoints.safetensors_file import Checkpoint, open_checkpoint
@@ -87,12 +88,7 @@ def read_config(directory: str | Path) -> DecoderConfig:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: there is no {CONFIG_FILE}; wanted a Hugging Face checkpoint folder")
-    try:
-        parsed = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: no valid JSON ({error})") from error
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{file}: a JSON {type(parsed).__name__}, wanted an object")
+    parsed = read_object(file)
     try:
         return DecoderConfig.from_hf(parsed)
     except ValueError as error:

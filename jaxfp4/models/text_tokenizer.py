@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxfp4.checkpoints.configs import read_object
 from jaxfp4.models.corpus import FILE_START
 
 BYTE_VOCABULARY = 256
@@ -93,12 +93,4 @@ def _separator(directory: Path, tokenizer: Any) -> int | None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: no readable JSON ({error}): wanted an object; replace the file") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{file}: a JSON {type(data).__name__}: wanted an object; replace the file")
-    return data
+    return read_object(file) if file.is_file() else {}

@@ -274,8 +274,8 @@ def test_tokenizers_that_cannot_be_read(tmp_path):
     assert "\n" not in str(e.value)
     word_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: no readable JSON \(.*\): wanted an object"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: no valid JSON \(.*\); restore the file"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: a JSON list: wanted an object"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: holds a JSON list: wanted an object"):
         load_tokenizer(tmp_path)

@@ -282,7 +282,7 @@ def test_no_weights(tmp_path):
     [
         ("{", "config.json: no valid JSON (Expecting property name"),
         ("[" * 100_000, "config.json: no valid JSON (maximum recursion"),
-        ("[1]", "config.json: a JSON list, wanted an object"),
+        ("[1]", "config.json: holds a JSON list: wanted an object"),
         ('{"model_type": "gpt2"}', "config.json: model config: model_type is 'gpt2', which is not supported"),
     ],
     ids=["broken", "deep", "list", "unknown"],
@@ -302,14 +302,14 @@ def test_config_that_is_no_text(tmp_path):
 def test_no_parameter_is_read_whole(folder, monkeypatch):
     """Each callback asks for its shard alone: the bytes copied out of the file are one copy of each split parameter."""
     sizes = []
-    original = hf_layout._read_matrix
+    original = hf_layout._part
 
     def counting(stored, name, index):
         part = original(stored, name, index)
         sizes.append((name.module, part.size))
         return part
 
-    monkeypatch.setattr(hf_layout, "_read_matrix", counting)
+    monkeypatch.setattr(hf_layout, "_part", counting)
     load_decoder(folder, mesh=auto_mesh(tp=8))
     assert max(size for module, size in sizes if module == "lm_head") == 16 * 32 // 8
 
