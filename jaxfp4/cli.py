@@ -14,6 +14,7 @@ from rich.console import Console
 
 import jaxfp4
 from jaxfp4 import recipes
+from jaxfp4.checkpoints.streaming.file_quantization import DEFAULT_SHARD_BYTES
 from jaxfp4.commands.bench_quality import HELD_OUT_BATCHES, bench_quality
 from jaxfp4.commands.convert import convert_directory
 from jaxfp4.commands.demo import DEVICES, demo
@@ -27,7 +28,6 @@ from jaxfp4.models.calibration_data import BATCH_SIZE, SAMPLES
 
 BAD_INPUT = 2
 INTERRUPTED = 130
-SHARD_BYTES = 5_000_000_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--exclude", action="append", default=[], metavar="PATTERN", help="with --weight-only: modules to leave"
     )
-    command.add_argument("--max-shard-bytes", type=_positive, default=SHARD_BYTES, help="of each file")
+    command.add_argument("--max-shard-bytes", type=_positive, default=DEFAULT_SHARD_BYTES, help="of each file")
     command.add_argument("--mesh", help="axes and sizes such as tp=2,ep=4; by default one device")
     command.add_argument("--calib", type=Path, metavar="FILE", help=".npy tokens, .jsonl, or text")
     command.add_argument("--calib-field", metavar="NAME", help="what of a .jsonl object: text, messages or tokens")
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("in_dir", type=Path, metavar="IN_DIR")
     command.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="a directory that does not exist yet")
     command.add_argument("--format", required=True, choices=("modelopt", "compressed-tensors"))
-    command.add_argument("--max-shard-bytes", type=_positive, default=SHARD_BYTES, help="of each file")
+    command.add_argument("--max-shard-bytes", type=_positive, default=DEFAULT_SHARD_BYTES, help="of each file")
     command.set_defaults(run=_convert)
 
     command = commands.add_parser("verify", help="check an NVFP4 checkpoint as serving engines would")

@@ -226,30 +226,29 @@ def _quantized_tensors(path: str, leaf: QuantizedWeight, name: TensorName, file_
     rows = int(np.prod(weight.shape[stacked:], dtype=np.int64)) // length
     stack = weight.shape[:stacked]
     compressed = file_format == COMPRESSED_TENSORS
+    global_scales = _scalars(path, "global scale", weight.global_scale, stack)
+    input_scales = None if leaf.input_scale is None else _scalars(path, "input scale", leaf.input_scale, stack)
     cached = _cache_scales(path, leaf.cache, stack)
     if isinstance(weight, FP8Tensor):
-        factors = {FP8_SCALE: weight.global_scale, FP8_INPUT_SCALE: leaf.input_scale}
-        numbers = {last: _scalars(path, last, v, stack) for last, v in factors.items() if v is not None}
-        for index, module in name.modules(weight.shape):
-            yield entry_of(weight.values, joined(module, "weight"), index, order, (rows, length))
-            for last, values in numbers.items():
-                yield _scalar_tensor(joined(module, last), values[index], compressed)
-            for last, values in cached.items():
-                yield _scalar_tensor(joined(cache_module(file_format, module), last), values[index], compressed)
-        return
-    packed, scales = (rows, length // 2), (rows, length // BLOCK_SIZE)
-    suffixes = SUFFIXES[file_format]
-    scalars = {suffixes.global_scale: _scalars(path, "global scale", weight.global_scale, stack)}
-    if leaf.input_scale is not None:
-        scalars[suffixes.input_scale] = _scalars(path, "input scale", leaf.input_scale, stack)
+        arrays = {"weight": (weight.values, length)}
+        scalars = {FP8_SCALE: global_scales, FP8_INPUT_SCALE: input_scales}
+    else:
+        suffixes = SUFFIXES[file_format]
+        arrays = {
+            suffixes.packed: (weight.packed, length // 2),
+            suffixes.scales: (weight.scales, length // BLOCK_SIZE),
+        }
+        scalars = {suffixes.global_scale: global_scales, suffixes.input_scale: input_scales}
+        if compressed:
+            scalars = {last: None if v is None else np.float32(1) / v for last, v in scalars.items()}
     for index, module in name.modules(weight.shape):
-        yield entry_of(weight.packed, joined(module, suffixes.packed), index, order, packed)
-        yield entry_of(weight.scales, joined(module, suffixes.scales), index, order, scales)
-        for suffix, values in scalars.items():
-            value = np.float32(1) / values[index] if compressed else values[index]
-            yield _scalar_tensor(joined(module, suffix), value, compressed)
-        for suffix, values in cached.items():
-            yield _scalar_tensor(joined(cache_module(file_format, module), suffix), values[index], compressed)
+        for last, (array, columns) in arrays.items():
+            yield entry_of(array, joined(module, last), index, order, (rows, columns))
+        for last, values in scalars.items():
+            if values is not None:
+                yield _scalar_tensor(joined(module, last), values[index], compressed)
+        for last, values in cached.items():
+            yield _scalar_tensor(joined(cache_module(file_format, module), last), values[index], compressed)
 
 
 def _cache_scales(path: str, cache: CacheAmax | None, stack: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -103,7 +103,7 @@ def _plain(stored: StoredCheckpoint, path: str, like: Any, name: TensorName, sta
                 f"{path}: {stored.directory} has no tensor {tensor!r}: wanted one for it; correct names, or make the "
                 "plan with the recipe of the checkpoint"
             )
-        if module in stored.modules | stored.fp8_modules and name.parameter == "weight":
+        if name.parameter == "weight" and (module in stored.modules or module in stored.fp8_modules):
             raise LeafError(
                 f"{path}: {tensor!r} of {stored.directory} is quantized, but the plan keeps the parameter as it is; "
                 "make the plan with the recipe of the checkpoint"

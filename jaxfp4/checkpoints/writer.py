@@ -59,9 +59,9 @@ def partial_directory(out_dir: pathlib.Path, token: str) -> pathlib.Path:
 
 def publish(partial: pathlib.Path, out_dir: pathlib.Path) -> None:
     """Renames the finished directory, on disk when this returns."""
-    _sync(partial)
+    sync(partial)
     partial.rename(out_dir)
-    _sync(out_dir.absolute().parent)
+    sync(out_dir.absolute().parent)
 
 
 def writing_failed(out_dir: pathlib.Path, error: OSError) -> OSError:
@@ -150,8 +150,9 @@ def _flush(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _sync(directory: pathlib.Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: pathlib.Path) -> None:
+    """Brings a file or the entries of a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

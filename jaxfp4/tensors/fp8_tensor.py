@@ -88,7 +88,7 @@ def quantize_fp8(w: Array, axis: int | Sequence[int] = 0, *, amax: Array | None 
 
 @jax.jit
 def _quantize(w: Array, amax: Array) -> tuple[Array, Array]:
-    scale = nvfp4.global_scale(amax, fp8.SCALE_DIVISOR)
+    scale = fp8_scale_of(amax)
     aligned = lax.expand_dims(scale, range(scale.ndim, w.ndim))
     return lax.bitcast_convert_type(fp8.encode(w, aligned), jnp.float8_e4m3fn), scale
 
@@ -100,13 +100,9 @@ def _dequantize(tensor: FP8Tensor, dtype: np.dtype) -> Array:
     return exact.cast(fp8.dequantize(codes, lax.expand_dims(scale, range(scale.ndim, tensor.ndim))), dtype)
 
 
+@jax.jit
 def fp8_scale_of(amax: Array) -> Array:
     """`amax / 448` in IEEE float32; 1.0 where amax is zero or below 2^-103, NaN where it is not finite."""
-    return _scale_of(amax)
-
-
-@jax.jit
-def _scale_of(amax: Array) -> Array:
     return nvfp4.global_scale(amax, fp8.SCALE_DIVISOR)
 
 

@@ -50,7 +50,7 @@ class Stop:
         self.left, self.error = n, error
         for owner, name in (
             (shard_files.NewFile, "write"),
-            (resume, "_sync"),
+            (resume, "sync"),
             (shard_files, "write_json"),
             (type(partial_path(resume.Path("x"))), "rename"),
             (type(partial_path(resume.Path("x"))), "unlink"),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxfp4.checkpoints.writer import write_json
+from jaxfp4.checkpoints.writer import refuse_existing, sync, write_json
 
 JOURNAL = "jaxfp4-journal.json"
 UNFINISHED = ".unfinished"
@@ -45,7 +45,7 @@ def resumable_directory(out_dir: Path, job: Mapping[str, Any], say: Callable[[st
         FileNotFoundError: the parent of `out_dir` does not exist.
         OSError: another process is writing this directory, or writing failed; the message says what is left.
     """
-    _refuse_target(out_dir)
+    refuse_existing(out_dir)
     partial = partial_path(out_dir)
     lock = _locked(partial, out_dir)
     try:
@@ -53,8 +53,8 @@ def resumable_directory(out_dir: Path, job: Mapping[str, Any], say: Callable[[st
         try:
             _prepare(partial, found, job, say)
             yield partial
-            _sync(partial)
-            _refuse_target(out_dir)
+            sync(partial)
+            refuse_existing(out_dir)
             partial.rename(out_dir)
             # Only now: a kill in between leaves a whole directory with one file too many.
             (out_dir / JOURNAL).unlink()
@@ -70,7 +70,7 @@ def resumable_directory(out_dir: Path, job: Mapping[str, Any], say: Callable[[st
             raise
     finally:
         os.close(lock)
-    _sync(out_dir.absolute().parent)
+    sync(out_dir.absolute().parent)
 
 
 @contextlib.contextmanager
@@ -78,18 +78,8 @@ def finished_file(path: Path) -> Iterator[Path]:
     """A path to write to; when the block ends the file there is brought to the disk and gets its name."""
     unfinished = path.with_name(path.name + UNFINISHED)
     yield unfinished
-    _sync(unfinished)
+    sync(unfinished)
     unfinished.rename(path)
-
-
-def _refuse_target(out_dir: Path) -> None:
-    if os.path.lexists(out_dir):
-        raise FileExistsError(f"{out_dir} exists already: wanted a directory to create; remove it or name another")
-    parent = out_dir.absolute().parent
-    if not parent.is_dir():
-        raise FileNotFoundError(
-            f"{parent} is no directory: wanted an existing one to create {out_dir.name!r} in; create it"
-        )
 
 
 def _locked(partial: Path, out_dir: Path) -> int:
@@ -164,11 +154,3 @@ def _explained(error: OSError, out_dir: Path, left: str) -> OSError:
     return type(error)(
         f"{out_dir}: writing failed: {error.strerror}{place}; {left}; make room or name another directory"
     )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
