@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-_LOW_HALF = 0xFFF
+_HIGH_HALF = 0xFFFFF000
 _EXPONENT = 0x7F800000
 _MANTISSA_BITS = 23
 _HALF_SHIFT = 13  # float32's mantissa bits beyond float16's
@@ -82,7 +82,7 @@ def residual(x: Array, threshold: Array, divisor: Array) -> Array:
     The threshold has at most 12 significant bits and the divisor lies in [1, 2). Near the threshold the first
     difference is exact by Sterbenz' lemma and the second is a small multiple of the operands' last places.
     """
-    high = as_float(as_bits(divisor) & ~jnp.uint32(_LOW_HALF))
+    high = as_float(as_bits(divisor) & jnp.uint32(_HIGH_HALF))
     low = divisor - high
     return (x - threshold * high) - threshold * low
 
@@ -124,7 +124,7 @@ def divide_by_integer(x: Array, divisor: int) -> Array:
     scale = power_of_two(jnp.clip(x, 2.0**-126, 2.0**126))
     unit = x * inverse_power_of_two(scale)
     guess = unit * jnp.float32(1 / odd)
-    high = as_float(as_bits(guess) & ~jnp.uint32(_LOW_HALF))
+    high = as_float(as_bits(guess) & jnp.uint32(_HIGH_HALF))
     remainder = (unit - odd * high) - odd * (guess - high)
     half_unit = power_of_two(guess) * (2.0 ** -(_MANTISSA_BITS + 1) * odd)
     step = (remainder > half_unit).astype(jnp.int32) - (remainder < -half_unit).astype(jnp.int32)

@@ -28,8 +28,8 @@ def nearest_code(numerator: Array, divisor: Array, least: float = 0.0) -> Array:
     """
     estimate = jnp.clip(numerator / divisor, least, E4M3.max)
     normal = estimate >= E4M3.smallest_normal
-    low_bits = jnp.uint32((1 << _SHIFT) - 1)
-    truncated = exact.as_float(exact.as_bits(estimate) & ~low_bits)
+    kept_bits = jnp.uint32((1 << 32) - (1 << _SHIFT))
+    truncated = exact.as_float(exact.as_bits(estimate) & kept_bits)
     lower = jnp.where(normal, truncated, jnp.floor(estimate / E4M3.smallest) * E4M3.smallest)
     code = jnp.where(normal, (exact.as_bits(lower) >> _SHIFT) - _REBIAS, (lower / E4M3.smallest).astype(jnp.uint32))
     step = jnp.where(normal, exact.power_of_two(lower) * 2.0**-E4M3.mantissa_bits, E4M3.smallest)

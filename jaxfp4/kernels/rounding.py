@@ -1,0 +1,256 @@
+"""Codes and values of blocks in few instructions, with the results of `jaxfp4.formats.nvfp4`.
+
+A value is divided by its block's scale with one multiplication by the reciprocal and a Newton step. The step leaves an
+error of 2^-44, which is less than the distance of any quotient of a 16-bit float from a border between codes, but for
+one: of a power of two by a divisor whose mantissa is all ones. There the error's sign decides, and a reciprocal that is
+too large gives it the right one. For float32 a second step gives the IEEE quotient (Markstein, IBM Journal of Research
+and Development 34, 1990). The quotient is then rounded by adding a power of two whose last place is a step of the
+format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import triton
+
+from jaxfp4.formats import exact, fp8
+from jaxfp4.formats.minifloat import E2M1, E4M3
+
+_MANTISSA_BITS = 23
+_BIAS = 127
+_UNDERFLOW = 150
+"""A float32 quotient of at most 2^-150 is zero."""
+_INFINITY = 0x7F800000
+_NEGATIVE = 1 << 31
+_INTEGERS = 2.0**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """What a backend has to provide beyond JAX's operations; float32 arrays of one shape."""
+
+    residual: Callable[[Array, Array, Array], Array]
+    """`(x, q, d) -> x - q * d`, rounded once, for q near x / d."""
+    reciprocal: Callable[[Array], Array]
+    """`1 / d` as in IEEE float32."""
+    estimate: Callable[[Array], Array]
+    """`1 / d` with an error of a few units in the last place."""
+
+
+def _ptx(instruction: str, *args: Array) -> Array:
+    """One PTX instruction on float32 arrays of one shape."""
+    operands = ", ".join(f"${i}" for i in range(len(args) + 1))
+    [result] = triton.elementwise_inline_asm(
+        f"{instruction} {operands};",
+        args=list(args),
+        constraints=",".join(["=f", *("f" for _ in args)]),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
+    )
+    return result
+
+
+PTX = Arithmetic(
+    residual=lambda x, q, d: _ptx("fma.rn.f32", -q, d, x),
+    reciprocal=lambda d: _ptx("rcp.rn.f32", d),
+    estimate=lambda d: _ptx("rcp.approx.ftz.f32", d),
+)
+"""On NVIDIA GPUs."""
+
+
+def _exact_residual(x: Array, q: Array, d: Array) -> Array:
+    """The residual by products of 12-bit halves, which are exact."""
+    mask = jnp.uint32(0xFFFFF000)
+    product = q * d
+    q_high, d_high = (exact.as_float(exact.as_bits(v) & mask) for v in (q, d))
+    q_low, d_low = q - q_high, d - d_high
+    error = ((q_high * d_high - product) + q_high * d_low + q_low * d_high) + q_low * d_low
+    return (x - product) - error
+
+
+EMULATED = Arithmetic(_exact_residual, reciprocal=lambda d: 1 / d, estimate=lambda d: (1 / d) * (1 + 2.0**-22))
+"""On a CPU, where kernels are interpreted."""
+
+
+class Prepared(NamedTuple):
+    """A global scale and what follows from it; float32 scalars, or one for each part of a tensor."""
+
+    global_scale: Array
+    to_units: Array
+    """The inverse of the power of two that is nearest below the global scale."""
+    unit: Array
+    """The global scale in that unit, in [1, 2)."""
+    scale_divisor: Array
+    """`6 * global_scale` in units of its own power of two."""
+    scale_reciprocal: Array
+    """`1 / scale_divisor`, IEEE."""
+    scale_to_units: Array
+    """The inverse of that power of two."""
+    least_amax: Array
+    """The smallest amax of a block that is not stored as zero; a bit pattern, as float32."""
+    is_finite: Array
+    """1.0, or 0.0 if the global scale is NaN or Inf, for which the others stand as for 1.0."""
+
+    @classmethod
+    def of(cls, global_scale: Array) -> Prepared:
+        """From float32 global scales; plain JAX, outside of kernels."""
+        is_finite = jnp.isfinite(global_scale)
+        finite = jnp.where(is_finite, global_scale, 1.0)
+        inverse = exact.inverse_power_of_two(finite)
+        six = finite * 4 + finite * 2
+        six_inverse = exact.inverse_power_of_two(six)
+        divisor = six * six_inverse
+        # The product with a power of two that is not exact is that of a number too large for the format.
+        guess = 1 / divisor
+        reciprocal = _nearest_reciprocal(guess, divisor)
+        return cls(
+            global_scale,
+            inverse,
+            finite * inverse,
+            divisor,
+            reciprocal,
+            six_inverse,
+            exact.as_float(_least_nonzero(six)),
+            is_finite.astype(jnp.float32),
+        )
+
+    def stacked(self) -> Array:
+        """All as one array, the fields along its last axis."""
+        return jnp.stack(self, -1)
+
+
+def _nearest_reciprocal(guess: Array, divisor: Array) -> Array:
+    """Of a guess and its four neighbours the one nearest to `1 / divisor`, in any float32 arithmetic."""
+    candidates = [exact.as_float(exact.as_bits(guess) + jnp.uint32(i % 2**32)) for i in (-2, -1, 0, 1, 2)]
+    errors = [jnp.abs(_exact_residual(jnp.ones_like(divisor), c, divisor)) for c in candidates]
+    best, least = candidates[0], errors[0]
+    for candidate, error in zip(candidates[1:], errors[1:], strict=True):
+        best, least = jnp.where(error < least, candidate, best), jnp.minimum(error, least)
+    return best
+
+
+def _least_nonzero(divisor: Array) -> Array:
+    """The smallest bits, uint32, of a magnitude whose float32 quotient by the divisor is not zero."""
+    normal = exact.as_bits(divisor) - jnp.uint32(_UNDERFLOW << _MANTISSA_BITS)
+    # Below 2^24 times the smallest subnormal, which is an integer number of them.
+    subnormal = (jnp.minimum(divisor, _INTEGERS) * 0.5).astype(jnp.int32).astype(jnp.uint32)
+    return jnp.where(divisor >= _INTEGERS, normal, subnormal) + 1
+
+
+class Scales(NamedTuple):
+    """Block scales: E4M3 codes, uint32, and their float32 values, that of 448 where a block is not finite."""
+
+    codes: Array
+    values: Array
+
+    @classmethod
+    def of_codes(cls, codes: Array) -> Scales:
+        """From E4M3 codes, uint8."""
+        wide = codes.astype(jnp.uint32)
+        return cls(wide, fp8.decode(jnp.minimum(wide, E4M3.sign_mask - 2)))
+
+    @classmethod
+    def of_amax(cls, amax: Array, prepared: Prepared, arithmetic: Arithmetic) -> Scales:
+        """`jaxfp4.formats.nvfp4.encode_scale` of block amaxes, given as bits."""
+        shape = amax.shape
+        magnitude = exact.as_float(amax) * prepared.scale_to_units
+        divisor = jnp.broadcast_to(prepared.scale_divisor, shape)
+        quotient = _quotient(magnitude, divisor, prepared.scale_reciprocal, arithmetic, steps=2)
+        quotient = jnp.maximum(jnp.where(quotient < E4M3.max, quotient, E4M3.max), E4M3.smallest)
+        steps, values = _on_grid(quotient, E4M3.smallest_normal, E4M3.mantissa_bits)
+        zero = amax < exact.as_bits(prepared.least_amax)
+        steps, values = jnp.where(zero, _ONE, steps), jnp.where(zero, 1.0, values)
+        is_finite = (amax < _INFINITY) & (prepared.is_finite > 0)
+        return cls(jnp.where(is_finite, steps, fp8.NAN), values)
+
+
+_ONE = E4M3.magnitudes.tolist().index(1.0)
+
+
+def _quotient(x: Array, divisor: Array, reciprocal: Array, arithmetic: Arithmetic, steps: int) -> Array:
+    """`x / divisor` after Newton steps. Not NaN for numbers that are in range."""
+    quotient = x * reciprocal
+    for _ in range(steps):
+        quotient = quotient + arithmetic.residual(x, quotient, divisor) * reciprocal
+    return quotient
+
+
+def _on_grid(x: Array, smallest_normal: float, mantissa_bits: int) -> tuple[Array, Array]:
+    """The code, uint32, and the value of the number of a small format nearest to x, ties to even; x is in its range."""
+    power = exact.power_of_two(jnp.maximum(x, smallest_normal))
+    shift = _MANTISSA_BITS - mantissa_bits
+    total = x + power * 2.0**shift  # its last place is a step of the format at x
+    bits = exact.as_bits(total)
+    # A step more in the last bits is a code more, as is a further eighth of an exponent.
+    first = (math.frexp(smallest_normal)[1] - 1 + _BIAS + shift) << mantissa_bits
+    code = (bits & ((1 << (mantissa_bits + 2)) - 1)) + (bits >> shift) - jnp.uint32(first)
+    return code, total - power * 2.0**shift
+
+
+@dataclasses.dataclass(frozen=True)
+class Coder:
+    """Rounds the values of blocks whose scales are chosen. Everything broadcasts against the values."""
+
+    value: Array
+    """`scale * global_scale`, NaN for a block that is not finite."""
+    divisor: Array
+    """The same in the tensor's unit, a number for any block."""
+    reciprocal: Array
+    to_units: Array
+    least_negative: Array
+    """The bits from which a negative float32 keeps its sign; those below underflow to code 0."""
+    arithmetic: Arithmetic
+    steps: int
+
+    @classmethod
+    def of(
+        cls, scales: Scales, prepared: Prepared, arithmetic: Arithmetic, dtype: jax.typing.DTypeLike
+    ) -> Coder:
+        """For values that were of a dtype."""
+        divisor = scales.values * prepared.unit
+        steps = 2 if jnp.dtype(dtype) == jnp.float32 else 1
+        if steps == 1:
+            guess = arithmetic.estimate(divisor)
+            near = guess + arithmetic.residual(jnp.ones_like(divisor), guess, divisor) * guess
+            reciprocal = exact.as_float(exact.as_bits(near) + 1)
+        else:
+            reciprocal = arithmetic.reciprocal(divisor)
+        value = scales.values * prepared.global_scale
+        least = _least_nonzero(scales.values * jnp.where(prepared.is_finite > 0, prepared.global_scale, 1.0))
+        value = jnp.where(scales.codes == fp8.NAN, jnp.nan, value)
+        return cls(value, divisor, reciprocal, prepared.to_units, least | jnp.uint32(_NEGATIVE), arithmetic, steps)
+
+    def encode(self, x: Array) -> Array:
+        """The E2M1 codes, uint32, of float32 values."""
+        code = self._on_grid(x)[0]
+        return jnp.where(self._keeps_sign(x), code | jnp.uint32(E2M1.sign_mask), code)
+
+    def round_trip(self, x: Array) -> Array:
+        """The float32 values of the codes of float32 values."""
+        value = self._on_grid(x)[1] * self.value
+        return jnp.where(self._keeps_sign(x), -value, value)
+
+    def _on_grid(self, x: Array) -> tuple[Array, Array]:
+        divisor = jnp.broadcast_to(self.divisor, x.shape)
+        quotient = _quotient(jnp.abs(x) * self.to_units, divisor, self.reciprocal, self.arithmetic, self.steps)
+        # Where numbers were out of range the quotient is NaN, and so is not less than the largest either.
+        quotient = jnp.where(quotient < E2M1.max, quotient, E2M1.max)
+        return _on_grid(quotient, E2M1.smallest_normal, E2M1.mantissa_bits)
+
+    def _keeps_sign(self, x: Array) -> Array:
+        return exact.as_bits(x) >= self.least_negative
+
+
+def pack(codes: Array, axis: int) -> Array:
+    """Two codes a byte along an axis of 16, uint32: the even element in the low nibble."""
+    shape = codes.shape
+    pairs = codes.reshape(*shape[:axis], shape[axis] // 2, 2, *shape[axis + 1 :])
+    high = lax.broadcasted_iota(jnp.uint32, pairs.shape, axis + 1)
+    return jnp.sum(pairs << (high * 4), axis + 1)
