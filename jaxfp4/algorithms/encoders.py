@@ -11,6 +11,7 @@ from jaxfp4.algorithms.gptq_encoder import GptqEncoder
 from jaxfp4.algorithms.local_hessian import local_hessian_scales
 from jaxfp4.algorithms.mse import mse_scales
 from jaxfp4.recipes.methods import FourOverSix, Gptq, LocalHessian, Max, Method, Mse, WeightedMse
+from jaxfp4.tensors.accelerated import MAX, Kernel
 from jaxfp4.tensors.quantize import ChooseScales, Encoder, RoundToNearest, max_scales
 
 
@@ -20,7 +21,7 @@ def encoder_for(method: Method) -> Encoder:
         # GPTQ gives its scales the importance of the channels itself, not the moments.
         weighted = isinstance(method.scales, WeightedMse)
         return GptqEncoder(mse_scales if weighted else _CHOICES[type(method.scales)], method.rounding)
-    return RoundToNearest(_CHOICES[type(method.scales)])
+    return RoundToNearest(_CHOICES[type(method.scales)], kernel=_KERNELS.get(type(method.scales)))
 
 
 def _mse(blocks: Array, global_scale: Array, axis: int, moments: Array | None) -> Array:
@@ -48,3 +49,6 @@ _CHOICES: Mapping[type, ChooseScales] = {
     WeightedMse: _weighted_mse,
     LocalHessian: _local_hessian,
 }
+
+_KERNELS: Mapping[type, Kernel] = {Max: MAX}
+"""The same on a GPU, where there is a kernel."""

@@ -12,6 +12,7 @@ from jax import Array
 
 from jaxfp4.algorithms.gptq import ChooseScales, gptq
 from jaxfp4.recipes.methods import Gptq
+from jaxfp4.tensors.accelerated import Kernel
 from jaxfp4.tensors.blocks import Blocking
 from jaxfp4.tensors.quantize import Encoded
 
@@ -27,6 +28,7 @@ class GptqEncoder:
     choose_scales: ChooseScales
     rounding: Gptq
     whole_contraction: bool = True
+    kernel: Kernel | None = None
 
     def __call__(self, w: Array, global_scale: Array, blocking: Blocking, moments: Array | None) -> Encoded:
         """The codes of an array or a shard."""

@@ -1,14 +1,15 @@
-"""Kernels over blocks: where the blocks of an array lie, and a Pallas call that visits tiles of them."""
+"""Kernels over blocks: where the blocks of an array lie, and a Pallas call that visits them."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -32,11 +33,10 @@ class Geometry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
-    """How much a program handles, and with how many warps."""
+class Launch:
+    """How many blocks a program handles, a power of two, and with how many warps."""
 
-    values: int
-    """A power of two."""
+    blocks: int
     warps: int
 
 
@@ -48,8 +48,34 @@ class Part:
     dtype: Any
 
 
-Body = Callable[[Sequence[Array], Sequence[Array], int], Sequence[Array]]
-"""`(tiles of the inputs [.., entries, ..], constants [], axis of the entries) -> tiles of the outputs`."""
+Tiles = tuple[Array, ...]
+"""Entries of some blocks. Where blocks are minor one array `[T, entries]`, elsewhere an array `[T]` for each entry, so
+that all of a block is in one thread. What is one of each block is `[T, 1]` or `[T]`, and so broadcasts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """The values of some blocks, the even entries and the odd ones apart, as packed codes want them."""
+
+    even: Tiles
+    odd: Tiles
+
+    def map(self, function: Callable[[Array], Array]) -> Values:
+        """The function of each array."""
+        return Values(tuple(map(function, self.even)), tuple(map(function, self.odd)))
+
+    def reduce(self, combine: Callable[[Array, Array], Array], along: Callable[..., Array]) -> Array:
+        """Over the entries of a block: `combine` of two arrays and `along` an axis, as `jnp.add` and `jnp.sum`."""
+        combined = functools.reduce(combine, (*self.even, *self.odd))
+        return along(combined, 1, keepdims=True) if combined.ndim == 2 else combined
+
+    def packed(self) -> Tiles:
+        """Bytes of two codes, the even entry in the low nibble, as uint32 with garbage beyond the byte."""
+        return tuple((even & 15) | (odd << 4) for even, odd in zip(self.even, self.odd, strict=True))
+
+
+Body = Callable[[Sequence[Any], Sequence[Array]], Sequence[Any]]
+"""`(inputs, constants []) -> outputs`; each is `Values` if it has 16 entries for each block, `Tiles` otherwise."""
 
 
 def visit(
@@ -58,21 +84,20 @@ def visit(
     constants: Array,
     geometry: Geometry,
     parts: Sequence[Part],
-    tile: Tile,
+    launch: Launch,
     *,
     interpret: bool = False,
 ) -> list[Array]:
     """`body` of all blocks.
 
     Inputs and outputs are `[outer, blocks, entries, inner]`; `constants` is float32 `[outer, C]`, of which the body
-    gets the C scalars of its part.
+    gets the C scalars of its part. Inside a shard_map all of them vary over the same mesh axes.
     """
     minor = geometry.is_minor
     rows = geometry.outer if minor else geometry.outer * geometry.blocks
     length = geometry.blocks if minor else geometry.inner
-    width = min(max(tile.values // BLOCK_SIZE, 1), _power_of_two(length))
+    width = min(launch.blocks, _power_of_two(length))
     columns = -(-length // width)
-    count = constants.shape[1]
 
     def shape(entries: int) -> tuple[int, ...]:
         return (rows, length, entries) if minor else (rows, entries, length)
@@ -80,37 +105,86 @@ def visit(
     def kernel(constants_ref: Any, *refs: Any) -> None:
         row, column = pl.program_id(0) // columns, pl.program_id(0) % columns
         outer = row if minor else row // geometry.blocks
-        span = pl.ds(column * width, width)
         inside = None if length % width == 0 else column * width + jnp.arange(width) < length
+        access = (_Minor if minor else _Strided)(row, pl.ds(column * width, width), inside)
+        tiles = [access.load(ref, x.shape[2]) for ref, x in zip(refs, inputs, strict=False)]
+        scalars = [constants_ref[outer, i] for i in range(constants.shape[1])]
+        for ref, result in zip(refs[len(inputs) :], body(tiles, scalars), strict=True):
+            access.store(ref, result)
 
-        def at(ref: Any) -> Any:
-            return ref.at[row, span, :] if minor else ref.at[row, :, span]
-
-        def mask(entries: int) -> Array | None:
-            if inside is None:
-                return None
-            size = (width, entries) if minor else (entries, width)
-            return jnp.broadcast_to(inside[:, None] if minor else inside[None, :], size)
-
-        tiles = []
-        for ref, x in zip(refs, inputs, strict=False):
-            # A masked load without a value for the rest is undefined there; its results are not stored.
-            outside = None if inside is None else jnp.zeros((), x.dtype)
-            tiles.append(triton.load(at(ref), mask=mask(x.shape[2]), other=outside))
-        scalars = [constants_ref[outer, i] for i in range(count)]
-        results = body(tiles, scalars, 1 if minor else 0)
-        for ref, part, result in zip(refs[len(inputs) :], parts, results, strict=True):
-            triton.store(at(ref), result.astype(part.dtype), mask=mask(part.entries))
-
+    varying = jax.typeof(inputs[0]).manual_axis_type
     results = pl.pallas_call(
         kernel,
         grid=(rows * columns,),
-        out_shape=[jax.ShapeDtypeStruct(shape(part.entries), part.dtype) for part in parts],
-        compiler_params=triton.CompilerParams(num_warps=tile.warps),
+        out_shape=[jax.ShapeDtypeStruct(shape(part.entries), part.dtype, manual_axis_type=varying) for part in parts],
+        compiler_params=triton.CompilerParams(num_warps=launch.warps),
         interpret=interpret,
     )(constants, *(x.reshape(shape(x.shape[2])) for x in inputs))
     outer_shape = (geometry.outer, geometry.blocks)
     return [r.reshape(*outer_shape, p.entries, geometry.inner) for r, p in zip(results, parts, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Access:
+    """The blocks of a program in arrays of which they are a row's `span`; those not `inside` are padding."""
+
+    row: Array
+    span: Any
+    inside: Array | None
+
+    def _outside(self, ref: Any) -> Array | None:
+        # What a masked load gives there is not stored, but it must be something.
+        return None if self.inside is None else jnp.zeros((), ref.dtype)
+
+
+class _Minor(_Access):
+    """Arrays `[rows, length, entries]`."""
+
+    def _mask(self, entries: int) -> Array | None:
+        return None if self.inside is None else jnp.broadcast_to(self.inside[:, None], (self.inside.size, entries))
+
+    def load(self, ref: Any, entries: int) -> Any:
+        tile = triton.load(ref.at[self.row, self.span, :], mask=self._mask(entries), other=self._outside(ref))
+        return _split(tile) if entries == BLOCK_SIZE else (tile,)
+
+    def store(self, ref: Any, result: Any) -> None:
+        tile = _interleaved(result) if isinstance(result, Values) else result[0]
+        triton.store(ref.at[self.row, self.span, :], tile.astype(ref.dtype), mask=self._mask(tile.shape[1]))
+
+
+class _Strided(_Access):
+    """Arrays `[rows, entries, length]`."""
+
+    def load(self, ref: Any, entries: int) -> Any:
+        tiles = tuple(
+            triton.load(ref.at[self.row, jnp.int32(i), self.span], mask=self.inside, other=self._outside(ref))
+            for i in range(entries)
+        )
+        return Values(tiles[::2], tiles[1::2]) if entries == BLOCK_SIZE else tiles
+
+    def store(self, ref: Any, result: Any) -> None:
+        if isinstance(result, Values):
+            result = [tile for pair in zip(result.even, result.odd, strict=True) for tile in pair]
+        for i, tile in enumerate(result):
+            triton.store(ref.at[self.row, jnp.int32(i), self.span], tile.astype(ref.dtype), mask=self.inside)
+
+
+def _split(tile: Array) -> Values:
+    """The halves of `[T, 16]`. Which entries are even is known when compiling, so nothing is computed."""
+    pairs = tile.reshape(tile.shape[0], -1, 2)
+    is_odd = lax.broadcasted_iota(jnp.int32, pairs.shape, 2) == 1
+    bits = lax.bitcast_convert_type(pairs, f"uint{8 * tile.dtype.itemsize}")
+    even, odd = (jnp.sum(jnp.where(is_odd == half, bits, 0), 2, dtype=bits.dtype) for half in (False, True))
+    even, odd = (lax.bitcast_convert_type(half, tile.dtype) for half in (even, odd))
+    return Values((even,), (odd,))
+
+
+def _interleaved(values: Values) -> Array:
+    """The inverse of `_split`."""
+    size = (*values.even[0].shape, 2)
+    even, odd = (jnp.broadcast_to(lax.expand_dims(half, [2]), size) for (half,) in (values.even, values.odd))
+    is_odd = lax.broadcasted_iota(jnp.int32, size, 2) == 1
+    return jnp.where(is_odd, odd, even).reshape(size[0], -1)
 
 
 def _power_of_two(n: int) -> int:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental.pallas import triton
 
 from jaxfp4.formats import exact, fp8
@@ -42,6 +42,8 @@ class Arithmetic:
     """`1 / d` as in IEEE float32."""
     estimate: Callable[[Array], Array]
     """`1 / d` with an error of a few units in the last place."""
+    saturated: Callable[[Array, Array, float], Array]
+    """`(a, b, c) -> clip(a * b + c, 0, 1)`, where products are exact or c is 0; NaN gives 0."""
 
 
 def _ptx(instruction: str, *args: Array) -> Array:
@@ -58,9 +60,10 @@ def _ptx(instruction: str, *args: Array) -> Array:
 
 
 PTX = Arithmetic(
-    residual=lambda x, q, d: _ptx("fma.rn.f32", -q, d, x),
+    residual=lambda x, q, d: _ptx("fma.rn.f32", q, -d, x),
     reciprocal=lambda d: _ptx("rcp.rn.f32", d),
     estimate=lambda d: _ptx("rcp.approx.ftz.f32", d),
+    saturated=lambda a, b, c: _ptx("fma.rn.sat.f32", a, b, jnp.full(a.shape, c, jnp.float32)),
 )
 """On NVIDIA GPUs."""
 
@@ -75,7 +78,12 @@ def _exact_residual(x: Array, q: Array, d: Array) -> Array:
     return (x - product) - error
 
 
-EMULATED = Arithmetic(_exact_residual, reciprocal=lambda d: 1 / d, estimate=lambda d: (1 / d) * (1 + 2.0**-22))
+EMULATED = Arithmetic(
+    residual=_exact_residual,
+    reciprocal=lambda d: 1 / d,
+    estimate=lambda d: (1 / d) * (1 + 2.0**-22),
+    saturated=lambda a, b, c: jnp.clip(jnp.nan_to_num(a * b + c, posinf=1.0), 0.0, 1.0),
+)
 """On a CPU, where kernels are interpreted."""
 
 
@@ -201,8 +209,9 @@ class Coder:
     value: Array
     """`scale * global_scale`, NaN for a block that is not finite."""
     divisor: Array
-    """The same in the tensor's unit, a number for any block."""
+    """Eight times the same in the tensor's unit, a number for any block."""
     reciprocal: Array
+    """`1 / divisor`, a little more than that for 16-bit floats."""
     to_units: Array
     least_negative: Array
     """The bits from which a negative float32 keeps its sign; those below underflow to code 0."""
@@ -210,11 +219,9 @@ class Coder:
     steps: int
 
     @classmethod
-    def of(
-        cls, scales: Scales, prepared: Prepared, arithmetic: Arithmetic, dtype: jax.typing.DTypeLike
-    ) -> Coder:
+    def of(cls, scales: Scales, prepared: Prepared, arithmetic: Arithmetic, dtype: jax.typing.DTypeLike) -> Coder:
         """For values that were of a dtype."""
-        divisor = scales.values * prepared.unit
+        divisor = scales.values * (prepared.unit * _LARGEST)
         steps = 2 if jnp.dtype(dtype) == jnp.float32 else 1
         if steps == 1:
             guess = arithmetic.estimate(divisor)
@@ -227,30 +234,37 @@ class Coder:
         value = jnp.where(scales.codes == fp8.NAN, jnp.nan, value)
         return cls(value, divisor, reciprocal, prepared.to_units, least | jnp.uint32(_NEGATIVE), arithmetic, steps)
 
-    def encode(self, x: Array) -> Array:
-        """The E2M1 codes, uint32, of float32 values."""
-        code = self._on_grid(x)[0]
-        return jnp.where(self._keeps_sign(x), code | jnp.uint32(E2M1.sign_mask), code)
+    def encode(self, bits: Array) -> Array:
+        """Integers, uint32, whose low four bits are the E2M1 codes of float32 values, given as bits.
 
-    def round_trip(self, x: Array) -> Array:
-        """The float32 values of the codes of float32 values."""
-        value = self._on_grid(x)[1] * self.value
-        return jnp.where(self._keeps_sign(x), -value, value)
+        The codes up to 4 count halves from 0 to 2, the next two ones from 2 to 4, the last twos from 4 to 6. Each part
+        of the quotient is cut out by saturation and rounded to an integer by a sum that is large enough.
+        """
+        quotient = self._quotient(bits)
+        start = jnp.where(bits >= self.least_negative, _INTEGER_SUM + E2M1.sign_mask, _INTEGER_SUM)
+        total = start
+        for code, (low, high) in ((4, (0, 2)), (2, (2, 4)), (1, (4, 6))):
+            scale = jnp.full(bits.shape, _LARGEST / (high - low), jnp.float32)
+            total = self.arithmetic.saturated(quotient, scale, -low / (high - low)) * code + total
+        return exact.as_bits(total)
 
-    def _on_grid(self, x: Array) -> tuple[Array, Array]:
-        divisor = jnp.broadcast_to(self.divisor, x.shape)
-        quotient = _quotient(jnp.abs(x) * self.to_units, divisor, self.reciprocal, self.arithmetic, self.steps)
-        # Where numbers were out of range the quotient is NaN, and so is not less than the largest either.
-        quotient = jnp.where(quotient < E2M1.max, quotient, E2M1.max)
-        return _on_grid(quotient, E2M1.smallest_normal, E2M1.mantissa_bits)
+    def round_trip(self, bits: Array) -> Array:
+        """The float32 values of the codes of float32 values, given as bits."""
+        quotient = jnp.minimum(self._quotient(bits) * _LARGEST, E2M1.max)
+        value = exact.as_bits(_on_grid(quotient, E2M1.smallest_normal, E2M1.mantissa_bits)[1] * self.value)
+        return exact.as_float(jnp.where(bits >= self.least_negative, value | jnp.uint32(_NEGATIVE), value))
 
-    def _keeps_sign(self, x: Array) -> Array:
-        return exact.as_bits(x) >= self.least_negative
+    def _quotient(self, bits: Array) -> Array:
+        """The magnitude over the divisor, in eighths, or a number above 1 if that is."""
+        magnitude = exact.as_float(bits & jnp.uint32(_NEGATIVE - 1)) * self.to_units
+        divisor, reciprocal = (jnp.broadcast_to(v, bits.shape) for v in (self.divisor, self.reciprocal))
+        # Saturated, it is a number also for an infinity, and then so are the steps.
+        quotient = self.arithmetic.saturated(magnitude, reciprocal, 0.0)
+        for _ in range(self.steps):
+            quotient = quotient + self.arithmetic.residual(magnitude, quotient, divisor) * reciprocal
+        return quotient
 
 
-def pack(codes: Array, axis: int) -> Array:
-    """Two codes a byte along an axis of 16, uint32: the even element in the low nibble."""
-    shape = codes.shape
-    pairs = codes.reshape(*shape[:axis], shape[axis] // 2, 2, *shape[axis + 1 :])
-    high = lax.broadcasted_iota(jnp.uint32, pairs.shape, axis + 1)
-    return jnp.sum(pairs << (high * 4), axis + 1)
+_LARGEST = 8.0
+"""Quotients are counted in eighths of it, so that saturation at 1 is beyond the largest code."""
+_INTEGER_SUM = 2.0**23

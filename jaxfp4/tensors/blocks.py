@@ -61,6 +61,12 @@ class Blocking:
         rest = [n for a, n in enumerate(self.shape) if a not in self.axes]
         return (*rest[: self.axis], self.length, *rest[self.axis :])
 
+    @property
+    def blocks_shape(self) -> tuple[int, ...]:
+        """The shape that `to_blocks` gives."""
+        shape = self.merged_shape
+        return (*shape[: self.axis], self.blocks, BLOCK_SIZE, *shape[self.axis + 1 :])
+
     def to_blocks(self, x: Array) -> Array:
         """`x` with the block axis split in two, `[.., blocks, 16, ..]`; the new axis is `self.axis + 1`."""
         if self.merged:

@@ -162,6 +162,12 @@ def enclosing_axes() -> AxisNames:
     return tuple(jax.sharding.get_abstract_mesh().axis_names)
 
 
+def all_axes_are_manual() -> bool:
+    """Whether the code is traced inside a shard_map over its whole mesh, so that arrays are those of one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+
+
 def amax_over_mesh(amax: Array, names: AxisNames) -> Array:
     """`lax.pmax` of float32 magnitudes over the given axes, NaN if any is NaN; `amax` itself if there are no axes.
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxfp4.formats import BLOCK_SIZE, exact, nvfp4
+from jaxfp4.tensors import accelerated
 from jaxfp4.tensors.blocks import Blocking
 from jaxfp4.tensors.cache import CacheAmax
 from jaxfp4.tensors.fp8_tensor import FP8Tensor
@@ -88,7 +89,7 @@ class NVFP4Tensor:
 
         The product is float32 in this order and cast last. A block whose scale is NaN gives NaN.
         """
-        return _dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype))
+        return _dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype), accelerated.can_run(self.packed))
 
     def __repr__(self) -> str:
         parts = {"packed": self.packed, "scales": self.scales, "global_scale": self.global_scale}
@@ -146,13 +147,20 @@ def _short(scale: Any) -> str:
     return f"{float(scale):.6g}" if scale.ndim == 0 else f"{scale.dtype}{list(scale.shape)}"
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _dequantize(tensor: NVFP4Tensor, dtype: np.dtype) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _dequantize(tensor: NVFP4Tensor, dtype: np.dtype, kernels: bool) -> Array:
     blocking = tensor.blocking
-    axis = blocking.axis
-    codes = nvfp4.unpack(tensor.packed, axis)
-    codes = codes.reshape(*codes.shape[:axis], blocking.blocks, BLOCK_SIZE, *codes.shape[axis + 1 :])
-    scale = nvfp4.decode_scale(lax.bitcast_convert_type(tensor.scales, jnp.uint8))
-    global_scale = blocking.align(tensor.global_scale)
-    values = nvfp4.dequantize(codes, lax.expand_dims(scale, [axis + 1]), global_scale)
-    return exact.cast(blocking.from_blocks(values), dtype)
+
+    def plain(packed: Array, scales: Array, global_scale: Array) -> Array:
+        axis = blocking.axis
+        codes = nvfp4.unpack(packed, axis).reshape(blocking.blocks_shape)
+        scale = nvfp4.decode_scale(lax.bitcast_convert_type(scales, jnp.uint8))
+        values = nvfp4.dequantize(codes, lax.expand_dims(scale, [axis + 1]), blocking.align(global_scale))
+        return exact.cast(blocking.from_blocks(values), dtype)
+
+    geometry = accelerated.geometry_of(blocking, tensor.global_scale)
+    parts = (tensor.packed, tensor.scales, tensor.global_scale)
+    if not kernels or geometry is None or dtype not in accelerated.DTYPES:
+        return plain(*parts)
+    fast = functools.partial(accelerated.dequantize, blocking=blocking, geometry=geometry, dtype=dtype)
+    return lax.platform_dependent(*parts, cuda=fast, default=plain)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxfp4.formats import exact, nvfp4
+from jaxfp4.tensors import accelerated
 from jaxfp4.tensors.blocks import Blocking, normalize_axes
 from jaxfp4.tensors.mesh import Layout, layout_of, place
 from jaxfp4.tensors.nvfp4_tensor import NVFP4Tensor
@@ -31,6 +32,11 @@ class Encoder(Protocol):
     @property
     def whole_contraction(self) -> bool:
         """Whether it needs all values along the contraction on one device, not only whole blocks."""
+        ...
+
+    @property
+    def kernel(self) -> accelerated.Kernel | None:
+        """How it chooses block scales in a GPU kernel that rounds to nearest; None if it does not."""
         ...
 
     def __call__(self, w: Array, global_scale: Array, blocking: Blocking, moments: Array | None) -> Encoded:
@@ -57,6 +63,8 @@ class RoundToNearest:
 
     choose_scales: ChooseScales = max_scales
     whole_contraction: bool = False
+    kernel: accelerated.Kernel | None = None
+    """The same choice in a GPU kernel, for a tensor without moments; None if there is none."""
 
     def __call__(self, w: Array, global_scale: Array, blocking: Blocking, moments: Array | None) -> Encoded:
         """The codes of an array or a shard."""
@@ -64,6 +72,10 @@ class RoundToNearest:
         global_scale = blocking.align(global_scale)
         scales = self.choose_scales(blocks, global_scale, axis, moments_in_blocks(moments, blocking))
         return Encoded(nvfp4.encode_values(blocks, nvfp4.decode_scale(scales), global_scale), scales)
+
+
+NEAREST = RoundToNearest(kernel=accelerated.MAX)
+"""Max calibration."""
 
 
 def moments_in_blocks(moments: Array | None, blocking: Blocking) -> Array | None:
@@ -114,7 +126,7 @@ def quantize_unchecked(
     *,
     global_amax: Array | float | None = None,
     divisor: int = nvfp4.TENSOR_DIVISOR,
-    encoder: Encoder = RoundToNearest(),
+    encoder: Encoder = NEAREST,
     moments: Array | None = None,
 ) -> NVFP4Tensor:
     """As `quantize`, without waiting for the result to see whether it is finite.
@@ -128,7 +140,8 @@ def quantize_unchecked(
     layout = layout_of(w)
     if layout is None:
         refuse_cut_blocks(w, blocking)
-        packed, scales, global_scale = _quantize(w, amax, moments, blocking, divisor, encoder)
+        kernels = accelerated.can_run(w)
+        packed, scales, global_scale = _quantize(w, amax, moments, blocking, divisor, encoder, kernels)
     else:
         layout = layout.with_whole_blocks(blocking, contraction=encoder.whole_contraction)
         amax = place(amax, _amax_layout(amax, layout))
@@ -168,7 +181,7 @@ def _straight_through(x: Array, global_scale: Array, blocking: Blocking) -> Arra
     layout = layout_of(x)
     if layout is None:
         refuse_cut_blocks(x, blocking)
-        return _fake_quantize(x, global_scale, blocking)
+        return _fake_quantize(x, global_scale, blocking, accelerated.can_run(x))
     whole = layout.with_whole_blocks(blocking)
     result = _fake_quantize_sharded(
         place(x, whole), place(global_scale, _amax_layout(global_scale, whole)), blocking, whole
@@ -205,16 +218,30 @@ def _all_finite(*arrays: Any) -> Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a.astype(jnp.float32))) for a in jax.tree.leaves(arrays)]))
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _quantize(
-    w: Array, amax: Array, moments: Array | None, blocking: Blocking, divisor: int, encoder: Encoder
+    w: Array,
+    amax: Array,
+    moments: Array | None,
+    blocking: Blocking,
+    divisor: int,
+    encoder: Encoder,
+    kernels: bool,
 ) -> tuple[Array, Array, Array]:
     global_scale = nvfp4.global_scale(amax, divisor)
-    encoded = encoder(w, global_scale, blocking, moments)
-    packed = nvfp4.pack(encoded.values, blocking.axis + 1)
-    packed = lax.collapse(packed, blocking.axis, blocking.axis + 2)
-    scales = lax.bitcast_convert_type(jnp.squeeze(encoded.scales, blocking.axis + 1), jnp.float8_e4m3fn)
-    return packed, scales, global_scale
+
+    def plain(w: Array, global_scale: Array) -> tuple[Array, Array]:
+        encoded = encoder(w, global_scale, blocking, moments)
+        packed = nvfp4.pack(encoded.values, blocking.axis + 1)
+        return lax.collapse(packed, blocking.axis, blocking.axis + 2), jnp.squeeze(encoded.scales, blocking.axis + 1)
+
+    geometry = accelerated.geometry_of(blocking, global_scale)
+    if kernels and moments is None and encoder.kernel is not None and geometry is not None:
+        fast = functools.partial(accelerated.quantize, blocking=blocking, geometry=geometry, kernel=encoder.kernel)
+        packed, scales = lax.platform_dependent(w, global_scale, cuda=fast, default=plain)
+    else:
+        packed, scales = plain(w, global_scale)
+    return packed, lax.bitcast_convert_type(scales, jnp.float8_e4m3fn), global_scale
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
@@ -222,7 +249,8 @@ def _quantize_sharded(
     w: Array, amax: Array, moments: Array | None, blocking: Blocking, divisor: int, encoder: Encoder, layout: Layout
 ) -> tuple[Array, Array, Array]:
     def local(shard: Array, amax: Array, moments: Array | None) -> tuple[Array, Array, Array]:
-        return _quantize(shard, amax, moments, Blocking(shard.shape, blocking.axes), divisor, encoder)
+        kernels = accelerated.can_run(shard)
+        return _quantize(shard, amax, moments, Blocking(shard.shape, blocking.axes), divisor, encoder, kernels)
 
     amax_spec = _amax_layout(amax, layout).spec
     moments_spec = None if moments is None else _moments_layout(moments, layout).spec
@@ -235,17 +263,24 @@ def _quantize_sharded(
     )(w, amax, moments)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _fake_quantize(x: Array, global_scale: Array, blocking: Blocking) -> Array:
-    encoded = RoundToNearest()(x, global_scale, blocking, None)
-    values = nvfp4.dequantize(encoded.values, nvfp4.decode_scale(encoded.scales), blocking.align(global_scale))
-    return exact.cast(blocking.from_blocks(values), x.dtype)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _fake_quantize(x: Array, global_scale: Array, blocking: Blocking, kernels: bool) -> Array:
+    def plain(x: Array, global_scale: Array) -> Array:
+        encoded = NEAREST(x, global_scale, blocking, None)
+        values = nvfp4.dequantize(encoded.values, nvfp4.decode_scale(encoded.scales), blocking.align(global_scale))
+        return exact.cast(blocking.from_blocks(values), x.dtype)
+
+    geometry = accelerated.geometry_of(blocking, global_scale)
+    if not kernels or geometry is None:
+        return plain(x, global_scale)
+    fast = functools.partial(accelerated.fake_quantize, blocking=blocking, geometry=geometry)
+    return lax.platform_dependent(x, global_scale, cuda=fast, default=plain)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _fake_quantize_sharded(x: Array, global_scale: Array, blocking: Blocking, layout: Layout) -> Array:
     def local(shard: Array, global_scale: Array) -> Array:
-        return _fake_quantize(shard, global_scale, Blocking(shard.shape, blocking.axes))
+        return _fake_quantize(shard, global_scale, Blocking(shard.shape, blocking.axes), accelerated.can_run(shard))
 
     return jax.shard_map(
         local, mesh=layout.mesh, in_specs=(layout.spec, _amax_layout(global_scale, layout).spec), out_specs=layout.spec

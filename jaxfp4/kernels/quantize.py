@@ -1,0 +1,116 @@
+"""Quantizing, simulating and dequantizing blocks in one pass over the memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxfp4.formats import BLOCK_SIZE, exact, fp8, nvfp4
+from jaxfp4.kernels.blocks import Geometry, Launch, Part, Tiles, Values, visit
+from jaxfp4.kernels.rounding import EMULATED, PTX, Arithmetic, Coder, Prepared, Scales
+
+MAGNITUDE = 0x7FFFFFFF
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a choice of block scales may use."""
+
+    prepared: Prepared
+    arithmetic: Arithmetic
+
+
+KernelScales = Callable[[Values, Context], Scales]
+"""Chooses the scales of blocks whose values are float32 bits, inside a kernel. Hashable."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Launches by geometry; measured on an H200."""
+
+    minor: Launch
+    strided: Launch
+
+    def launch(self, geometry: Geometry) -> Launch:
+        """That of a geometry."""
+        return self.minor if geometry.is_minor else self.strided
+
+
+ROUNDING = Tuning(minor=Launch(128, 4), strided=Launch(64, 1))
+DEQUANTIZING = Tuning(minor=Launch(128, 2), strided=Launch(128, 1))
+
+
+def amax_bits(values: Values) -> Array:
+    """The bits of the largest magnitude of each block."""
+    return values.map(lambda bits: bits & jnp.uint32(MAGNITUDE)).reduce(jnp.maximum, jnp.max)
+
+
+def max_scales(values: Values, context: Context) -> Scales:
+    """Block scales from block amaxes."""
+    return Scales.of_amax(amax_bits(values), context.prepared, context.arithmetic)
+
+
+def _bits(x: Array) -> Array:
+    return exact.as_bits(exact.to_float32(x))
+
+
+def quantize_blocks(
+    x: Array, global_scale: Array, geometry: Geometry, choose: KernelScales, tuning: Tuning, *, interpret: bool = False
+) -> tuple[Array, Array]:
+    """`(packed uint8 [outer, blocks, 8, inner], E4M3 codes uint8 [outer, blocks, 1, inner])`.
+
+    Of `x [outer, blocks, 16, inner]` under float32 global scales `[outer]`.
+    """
+    arithmetic = EMULATED if interpret else PTX
+
+    def body(inputs: Sequence[Values], constants: Sequence[Array]) -> tuple[Tiles, Tiles]:
+        prepared = Prepared(*constants)
+        values = inputs[0].map(_bits)
+        scales = choose(values, Context(prepared, arithmetic))
+        coder = Coder.of(scales, prepared, arithmetic, x.dtype)
+        return values.map(coder.encode).packed(), (scales.codes,)
+
+    parts = (Part(BLOCK_SIZE // 2, jnp.uint8), Part(1, jnp.uint8))
+    constants = Prepared.of(global_scale).stacked()
+    packed, scales = visit(body, [x], constants, geometry, parts, tuning.launch(geometry), interpret=interpret)
+    return packed, scales
+
+
+def fake_quantize_blocks(x: Array, global_scale: Array, geometry: Geometry, *, interpret: bool = False) -> Array:
+    """`x [outer, blocks, 16, inner]` quantized under max scales and dequantized, in its own dtype."""
+    arithmetic = EMULATED if interpret else PTX
+
+    def body(inputs: Sequence[Values], constants: Sequence[Array]) -> tuple[Values]:
+        prepared = Prepared(*constants)
+        values = inputs[0].map(_bits)
+        scales = max_scales(values, Context(prepared, arithmetic))
+        coder = Coder.of(scales, prepared, arithmetic, x.dtype)
+        return (values.map(coder.round_trip),)
+
+    constants, parts = Prepared.of(global_scale).stacked(), (Part(BLOCK_SIZE, x.dtype),)
+    return visit(body, [x], constants, geometry, parts, ROUNDING.launch(geometry), interpret=interpret)[0]
+
+
+def dequantize_blocks(
+    packed: Array, scales: Array, global_scale: Array, geometry: Geometry, dtype: np.dtype, *, interpret: bool = False
+) -> Array:
+    """`[outer, blocks, 16, inner]` of a dtype from what `quantize_blocks` gives."""
+
+    def body(inputs: Sequence[Tiles], constants: Sequence[Array]) -> tuple[Values]:
+        codes, (scale,) = inputs
+        factor = fp8.decode(scale) * constants[0]
+        wide = [tile.astype(jnp.uint32) for tile in codes]
+        low, high = ([nvfp4.decode_values(half) * factor for half in halves] for halves in _nibbles(wide))
+        return (Values(tuple(low), tuple(high)),)
+
+    parts = (Part(BLOCK_SIZE, dtype),)
+    launch = DEQUANTIZING.launch(geometry)
+    return visit(body, [packed, scales], global_scale[:, None], geometry, parts, launch, interpret=interpret)[0]
+
+
+def _nibbles(wide: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+    return [tile & 15 for tile in wide], [tile >> 4 for tile in wide]

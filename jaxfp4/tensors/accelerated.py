@@ -1,0 +1,122 @@
+"""Which arrays the GPU kernels take, and the kernels behind the shapes of this layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxfp4.formats import BLOCK_SIZE
+from jaxfp4.kernels.blocks import Geometry
+from jaxfp4.kernels.quantize import (
+    ROUNDING,
+    KernelScales,
+    Tuning,
+    dequantize_blocks,
+    fake_quantize_blocks,
+    max_scales,
+    quantize_blocks,
+)
+from jaxfp4.tensors.blocks import Blocking
+from jaxfp4.tensors.mesh import all_axes_are_manual, varying_as
+
+DTYPES = tuple(np.dtype(dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16))
+"""Those that kernels read and write."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """How an encoder's block scales are chosen inside a kernel."""
+
+    choose: KernelScales
+    tuning: Tuning
+
+
+MAX = Kernel(max_scales, ROUNDING)
+"""Block scales from block amaxes."""
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    return any(device.platform == "gpu" for device in jax.devices())
+
+
+def can_run(x: Array) -> bool:
+    """Whether a kernel may be given `x`: one that lies on one device, wherever the computation is placed.
+
+    XLA does not partition a kernel's call, so an array traced on several devices has to stay with plain JAX, unless it
+    is a shard. On a machine without a GPU the kernels are not even traced.
+    """
+    if not _has_gpu() or x.size == 0:
+        return False
+    if isinstance(x, jax.core.Tracer):
+        return jax.device_count() == 1 or all_axes_are_manual()
+    return len(x.sharding.device_set) == 1
+
+
+def geometry_of(blocking: Blocking, global_scale: Array) -> Geometry | None:
+    """Where the blocks lie; None if the global scale has a value for anything but leading axes."""
+    blocks = blocking.blocks_shape
+    scales = blocking.align(global_scale).shape if global_scale.ndim else (1,) * len(blocks)
+    kept = max((d + 1 for d, n in enumerate(scales) if n > 1), default=0)
+    if scales[:kept] != blocks[:kept] or kept > blocking.axis:
+        return None
+    axis = blocking.axis
+    return Geometry(math.prod(blocks[:kept]), math.prod(blocks[kept : axis + 1]), math.prod(blocks[axis + 2 :]))
+
+
+def _scales_for(geometry: Geometry, global_scale: Array, x: Array) -> Array:
+    """`[outer]`, of the type of `x` inside a shard_map."""
+    return varying_as(global_scale.reshape(geometry.outer), x)
+
+
+def _shaped(x: Array, geometry: Geometry, entries: int) -> Array:
+    return x.reshape(geometry.outer, geometry.blocks, entries, geometry.inner)
+
+
+def quantize(
+    w: Array, global_scale: Array, blocking: Blocking, geometry: Geometry, kernel: Kernel
+) -> tuple[Array, Array]:
+    """`(packed, scales as uint8)` in the axis order of `w`, whose blocks are one after the other."""
+    blocks = blocking.to_blocks(w)
+    shape, axis = blocks.shape, blocking.axis
+    packed, scales = quantize_blocks(
+        _shaped(blocks, geometry, BLOCK_SIZE),
+        _scales_for(geometry, global_scale, w),
+        geometry,
+        kernel.choose,
+        kernel.tuning,
+    )
+    rest = shape[axis + 2 :]
+    return packed.reshape(*shape[:axis], shape[axis] * (BLOCK_SIZE // 2), *rest), scales.reshape(
+        *shape[: axis + 1], *rest
+    )
+
+
+def fake_quantize(x: Array, global_scale: Array, blocking: Blocking, geometry: Geometry) -> Array:
+    """Quantized with max scales and dequantized, in the shape and dtype of `x`."""
+    blocks = blocking.to_blocks(x)
+    values = fake_quantize_blocks(
+        _shaped(blocks, geometry, BLOCK_SIZE), _scales_for(geometry, global_scale, x), geometry
+    )
+    return blocking.from_blocks(values.reshape(blocks.shape))
+
+
+def dequantize(
+    packed: Array, scales: Array, global_scale: Array, blocking: Blocking, geometry: Geometry, dtype: np.dtype
+) -> Array:
+    """The array of a dtype, in its own shape."""
+    codes = lax.bitcast_convert_type(scales, jnp.uint8)
+    values = dequantize_blocks(
+        _shaped(packed, geometry, BLOCK_SIZE // 2),
+        _shaped(codes, geometry, 1),
+        _scales_for(geometry, global_scale, packed),
+        geometry,
+        dtype,
+    )
+    return blocking.from_blocks(values.reshape(blocking.blocks_shape))
