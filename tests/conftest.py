@@ -3,3 +3,6 @@
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# It needs Model-Optimizer, which no test does.
+collect_ignore = ["golden/make_modelopt_algorithms.py"]

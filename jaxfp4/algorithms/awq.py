@@ -1,4 +1,9 @@
-"""Channel scales searched for the least error of the output."""
+"""Channel scales searched for the least error of the output.
+
+The other half of AWQ, the clipping of each block, is the search of `jaxfp4.algorithms.local_hessian` on the scaled
+weights and moments: `Method(LocalHessian(), channels=Awq())`, the recipe `nvfp4_awq_clip`. Model-Optimizer calls scales
+alone `awq_lite`, clipping alone `awq_clip`, which is `nvfp4_local_hessian` here, and both `awq_full`.
+"""
 
 from __future__ import annotations
 

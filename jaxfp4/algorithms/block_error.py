@@ -23,8 +23,7 @@ LARGEST_CODE = E4M3.sign_mask - 2
 
 _LOW_BITS = 13
 _HIGH_PART = 2.0**10
-_WEIGHTED = 2.0**17
-_FARTHEST = 13.0
+_WEIGHTED = 2.0**19
 _TINY = 1 << 8
 
 
@@ -48,7 +47,11 @@ def less(left: Error, right: Error) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Magnitudes of blocks `[.., 16, ..]`, in units of a power of two near the block scale."""
+    """Magnitudes of blocks `[.., 16, ..]`, in units of a power of two that makes all of them less than 8.
+
+    Zero is a value under every scale, so no error is larger than the magnitude: 16 squares fit an int32 whatever the
+    scale, those of values that saturate and of blocks that have a subnormal E4M3 scale included.
+    """
 
     axis: int
     magnitudes: Array
@@ -68,8 +71,10 @@ class Blocks:
         amax = jnp.max(exact.magnitude_bits(blocks), axis, keepdims=True)
         code = nvfp4.encode_scale(exact.as_float(amax), global_scale)
         scale = nvfp4.decode_scale(jnp.minimum(code, LARGEST_CODE)) * global_scale
-        unit = exact.inverse_power_of_two(scale)
-        scaled = jnp.minimum(magnitudes * unit, _FARTHEST)
+        quarter = jnp.where(code > LARGEST_CODE, 0.0, exact.as_float(amax) * 0.25)
+        # A scale is at least the smallest code's, so the unit is finite for the smallest block too.
+        unit = exact.inverse_power_of_two(jnp.maximum(quarter, scale))
+        scaled = magnitudes * unit
         weights = None if importance is None else _normalized(importance, axis)
         return cls(axis, scaled, jnp.max(scaled, axis, keepdims=True), code, global_scale, unit, weights)
 
@@ -194,7 +199,7 @@ def _squared(error: Array) -> tuple[Array, Array]:
 
 
 def _fixed(terms: Array) -> tuple[Array, Array]:
-    """Float32 terms below 2^9 as fixed-point numbers."""
+    """Float32 terms below 2^7 as fixed-point numbers."""
     scaled = terms * _WEIGHTED
     high = scaled.astype(jnp.int32)
     return high, ((scaled - high.astype(jnp.float32)) * 2.0**_LOW_BITS).astype(jnp.int32)

@@ -26,7 +26,13 @@ def local_hessian_scales(blocks: Array, global_scale: Array, axis: int, hessian:
 
     Errors are float32 sums: two codes that differ by less than their rounding may change places on another backend.
 
-    Source: Model-Optimizer's `local_hessian`.
+    AWQ's clipping is a part of this search. For each block it takes the `ratio <= 1` for which the block with its
+    values cut at `ratio * amax` gives the least `sum((x @ d)**2)` over tokens, which is `d @ H @ d`. In NVFP4 they are
+    cut at `6 * scale`, and a block scale can only be an E4M3 number, so that each ratio stands for one of the codes
+    that are searched here: `e4m3(ratio * amax / 6 / global_scale)`, up to the code of max calibration. All the
+    others are searched as well. On weights and moments that AWQ has scaled it is the second half of AWQ.
+
+    Source: Model-Optimizer's `local_hessian`, and `awq_clip` for static block scales; AWQ, arXiv 2306.00978.
     """
     prepared = Blocks.of(blocks, global_scale, axis)
     scaled, damping = _damped(hessian, axis)

@@ -33,8 +33,8 @@ def mse_scales(blocks: Array, global_scale: Array, axis: int, importance: Array 
       is used for it.
 
     Errors are compared as exact integers (`jaxfp4.algorithms.block_error`), so the choice is the same on every layout.
-    Without importance they resolve 2^-33 of the squared scale; the bounds are those of ScaleSweep, arXiv 2606.07618, as
-    far as its abstract tells.
+    Without importance they resolve 2^-31 of the squared scale, as long as nothing saturates; the bounds are those of
+    ScaleSweep, arXiv 2606.07618, as far as its abstract tells.
     """
     prepared = Blocks.of(blocks, global_scale, axis, importance)
     highest = jnp.maximum(prepared.code.astype(jnp.int32) + OCTAVE, WITHOUT_HALF)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from jaxfp4.tensors.cache import CacheAmax, CacheFormat
 from jaxfp4.tensors.mesh import blockwise_sharding
 from jaxfp4.transform.trace import leaves_of
 
+log = logging.getLogger("jaxfp4")
+
 Stack = Mapping[tuple[int, ...], str]
 """Index into the leading axes of a parameter -> checkpoint module."""
 
@@ -36,6 +39,7 @@ def load_params(
     _refuse_other_params(plan, leaves.paths, leaves.values)
     placement = Placement(shardings, _shardings_of(leaves.paths, leaves.values))
     used: set[str] = set()
+    caches: dict[str, str] = {}
     values = []
     for path, like in zip(leaves.paths, leaves.values, strict=True):
         entry = plan.by_path.get(path)
@@ -48,12 +52,23 @@ def load_params(
             parts = stored.fp8_parts if entry.is_fp8 else stored.parts
             used |= parts(stack.values())
             values.append((_fp8 if entry.is_fp8 else _nvfp4)(stored, plan, entry, stack, placed))
-            used |= {name for module in stack.values() for name in _cache_names(stored, module).values()}
+            for module in stack.values():
+                for kind, scale in _cache_names(stored, module).items():
+                    caches.setdefault(scale, path)
+                    used |= {scale} if kind in entry.cached else set()
         else:
             used |= {joined(module, name.parameter) for module in stack.values()}
             values.append(_plain(stored, path, like, name, stack, placed))
     placement.refuse_unused()
-    if unused := sorted(stored.names - used):
+    if left_out := sorted(caches.keys() - used):
+        log.warning(
+            "%s: %r and %d more scales of the key-value cache are left out, as the plan does not quantize it; to keep "
+            "them make the plan with a recipe that does, such as nvfp4_kv_fp8",
+            caches[left_out[0]],
+            left_out[0],
+            len(left_out) - 1,
+        )
+    if unused := sorted(stored.names - used - caches.keys()):
         raise ValueError(
             f"{stored.directory}: tensor {unused[0]!r} belongs to no parameter ({len(unused)} such): wanted the "
             "checkpoint of these params; correct names, or load it without params and plan"

@@ -58,7 +58,10 @@ class WeightedMse:
 
 @dataclasses.dataclass(frozen=True)
 class LocalHessian:
-    """Block scales with the least squared error of each block's output: `jaxfp4.algorithms.local_hessian`."""
+    """Block scales with the least squared error of each block's output: `jaxfp4.algorithms.local_hessian`.
+
+    With `channels=Awq()` these are AWQ's scales and its clipping.
+    """
 
     divisor: ClassVar[int] = HEADROOM_DIVISOR
     moments: ClassVar[MomentForm] = MomentForm.BLOCKS

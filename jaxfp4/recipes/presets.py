@@ -37,6 +37,7 @@ METHODS = {
     "gptq_max": Method(Max(), Gptq()),
     "gptq_mse": Method(Mse(), Gptq()),
     "awq": Method(Mse(), Nearest(), channels=Awq()),
+    "awq_clip": Method(LocalHessian(), Nearest(), channels=Awq()),
     "smoothquant": Method(Mse(), Nearest(), channels=SmoothQuant()),
     "smoothquant_gptq": Method(Mse(), Gptq(), channels=SmoothQuant()),
     "hadamard": Method(Mse(), Nearest(), rotation=Hadamard()),

@@ -132,6 +132,37 @@ def test_weighted_mse_is_the_full_sweep(name, kind):
     assert np.all(chosen[live] <= least[live] * (1 + 1e-6))
 
 
+def of_four_over_six(blocks, global_scale):
+    """The code of the largest value at 6, or that at 4 if it has less error, in float64."""
+    codes = [np.asarray(MAX(blocks * np.float32(f), global_scale, 1)) for f in (1, 1.5)]
+    total = full_sweep(blocks, global_scale)[1]
+    six, four = (np.take_along_axis(total, c.T.astype(int) - 1, 0)[0] for c in codes)
+    return np.where(four < six, codes[1][:, 0], codes[0][:, 0])
+
+
+@pytest.mark.parametrize("mantissa", [1.0, 1.5, 1.95])
+@pytest.mark.parametrize("kind", ["subnormal scales", "saturated", "one saturated value", "flat and saturated"])
+def test_far_from_the_usual_scale(kind, mantissa):
+    """Where the code nearest to `amax / 6` is far from it: half as large, or as much too small as one likes."""
+    global_scale = np.float32(mantissa * 2.0**-10)
+    rng = np.random.default_rng(11)
+    smallest, largest = global_scale * 2.0**-9, global_scale * 448 * 6
+    normal, size = rng.normal(size=(2000, 16)), np.exp2(rng.uniform(0, 8, (2000, 1)))
+    blocks = {
+        "subnormal scales": normal * smallest * np.exp2(rng.uniform(-1, 4, (2000, 1))),
+        "saturated": rng.uniform(-1, 1, (2000, 16)) * largest * size,
+        "one saturated value": np.where(np.arange(16) == 3, size, normal / 4) * largest,
+        "flat and saturated": np.ones((2000, 16)) * largest * size,
+    }[kind].astype(np.float32)
+    expected, _ = full_sweep(blocks, global_scale)
+    np.testing.assert_array_equal(MSE(blocks, global_scale, 1)[:, 0], expected)
+    np.testing.assert_array_equal(FOUR_OVER_SIX(blocks, global_scale, 1)[:, 0], of_four_over_six(blocks, global_scale))
+    importance = np.exp(rng.normal(size=(2000, 16))).astype(np.float32)
+    total = full_sweep(blocks, global_scale, importance)[1]
+    found = np.asarray(MSE(blocks, global_scale, 1, importance))[:, 0]
+    assert np.all(total[found - 1, np.arange(2000)] <= total.min(0) * (1 + 1e-6))
+
+
 def test_importance_that_is_zero_or_equal_does_not_matter():
     blocks = hostile("normal")
     expected = MSE(blocks, scale_of(blocks), 1)

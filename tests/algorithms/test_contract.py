@@ -41,6 +41,7 @@ ALGORITHMS = {
     "local_hessian": Algorithm("nvfp4_local_hessian", "output"),
     "gptq": Algorithm("nvfp4_gptq", "output"),
     "awq": Algorithm("nvfp4_weight_only_awq", "output"),
+    "awq_clip": Algorithm("nvfp4_weight_only_awq_clip", "output"),
     "smoothquant": Algorithm("nvfp4_smoothquant"),
     "hadamard": Algorithm("nvfp4_hadamard"),
 }

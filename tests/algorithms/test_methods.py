@@ -4,15 +4,18 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from reference import E2M1_VALUES, e2m1_codes, scale_codes
 
 import jaxfp4
 from jaxfp4.algorithms import calibrate, digest, fold_channel_scales, quantize_params
 from jaxfp4.algorithms.awq import awq_scales
 from jaxfp4.algorithms.encoders import encoder_for
+from jaxfp4.algorithms.local_hessian import DAMPING
 from jaxfp4.algorithms.moments import reduced
 from jaxfp4.algorithms.smoothquant import smoothquant_scales
 from jaxfp4.formats import LeafError
@@ -41,7 +44,7 @@ def test_no_calibration_data(recipe):
         quantize_params(W, plan(product, W, X, recipe=recipe))
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4_awq", "nvfp4_smoothquant"])
+@pytest.mark.parametrize("recipe", ["nvfp4_awq", "nvfp4_awq_clip", "nvfp4_smoothquant"])
 def test_no_calibration_data_for_channel_scales(recipe):
     params = {"scale": jnp.ones(D), **W}
     result = plan(normed, params, X, recipe=recipe)
@@ -196,6 +199,85 @@ def test_awq_keeps_no_scaling_where_nothing_is_better():
     wanted = jnp.array([0.5, 1, 2])
     found = awq_scales(x, jnp.ones(3), 4, lambda s: jnp.sum((s - wanted) ** 2))
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+# Clipping.
+
+RATIOS = np.arange(10, 21) / 20
+"""Of AWQ's clipping, as Model-Optimizer's `awq_clip` has them."""
+
+
+def of_experts(p, x):
+    return jnp.einsum("ted,edf->tef", x * p["scale"], p["w"])
+
+
+def of_layers(p, x):
+    return jax.lax.scan(lambda total, w: (total, normed({"scale": w["scale"], "w": w["w"]}, x)), 0.0, p)[1]
+
+
+STACKED = {"dense": (normed, ()), "experts": (of_experts, (E,)), "layers": (of_layers, (E,))}
+
+
+@pytest.mark.parametrize("kind", STACKED)
+def test_awq_clips_each_block_for_the_least_output_error(kind):
+    """Never more of its objective than any of AWQ's ratios gives, 1.0 for no clipping among them, in float64."""
+    apply, stack = STACKED[kind]
+    rng = np.random.default_rng(5)
+    scale = jnp.asarray(rng.uniform(0.5, 2, (E, D) if kind == "layers" else D), jnp.float32)
+    params = {"scale": scale, "w": jnp.asarray(rng.standard_t(4, size=(*stack, D, F)), jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(T, E, D)) * np.exp(rng.normal(size=D)), jnp.float32) if kind == "experts" else X
+    result = plan(apply, params, x, recipe="nvfp4_weight_only_awq_clip")
+    assert str(result.quantized[0].method) == "awq, local_hessian" and len(result.folds) == 1
+    stats = calibrate(apply, params, [x], result, progress=False)
+    folded = fold_channel_scales(params, result, stats)
+    weight = quantize_params(params, result, stats)["w"].weight
+    w, q = (np.asarray(a, np.float64).reshape(-1, D // 16, 16, F) for a in (folded["w"], weight.dequantize()))
+    inputs = np.asarray(x, np.float64)
+    inputs = np.moveaxis(inputs, 1, 0) if kind == "experts" else inputs[None]
+    factors = np.asarray(folded["scale"], np.float64)
+    inputs = (inputs * (factors[:, None] if kind == "layers" else factors)).reshape(len(w), T, D // 16, 16)
+    hessian = np.einsum("etbi,etbj->ebij", inputs, inputs)
+    damping = DAMPING * np.trace(hessian, axis1=2, axis2=3) / 16
+    hessian += damping[..., None, None] * np.eye(16)
+
+    def errors(values: np.ndarray) -> np.ndarray:
+        return np.einsum("ebif,ebij,ebjf->ebf", values - w, hessian, values - w)
+
+    found, clipped, unit = errors(q), [], np.asarray(weight.global_scale).reshape(-1, 1, 1, 1)
+    amax = np.abs(w).max(2, keepdims=True)
+    for ratio in RATIOS:
+        code = scale_codes(np.float32(amax * ratio), unit).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        step = (code * unit).astype(np.float32)
+        values = E2M1_VALUES[e2m1_codes(np.abs(w).astype(np.float32) / step)] * step
+        clipped.append(errors(np.sign(w) * values))
+    assert np.all(found <= np.min(clipped, 0) * (1 + 1e-5))
+    assert found.sum() < 0.9 * clipped[-1].sum()
+    assert np.mean(np.argmin(clipped, 0) != len(RATIOS) - 1) > 0.2
+
+
+def test_awq_clip_of_an_expert_without_tokens_is_mse_of_the_scaled_weight():
+    def apply(p, x):
+        return routed(p, x * p["scale"])
+
+    rng = np.random.default_rng(6)
+    params = {"scale": jnp.ones(D), "w": jnp.asarray(rng.normal(size=(E, D, F)), jnp.float32)}
+    result = plan(apply, params, X, recipe="nvfp4_weight_only_awq_clip")
+    stats = calibrate(apply, params, [X], result, progress=False)
+    folded = fold_channel_scales(params, result, stats)
+    assert np.any(np.asarray(folded["scale"]) != 1)
+    found = quantize_params(params, result, stats)["w"].weight
+    expected = quantize_params(folded, plan(apply, params, X, recipe="nvfp4_weight_only_mse"))["w"].weight
+    np.testing.assert_array_equal(found.packed[2], expected.packed[2])
+    assert np.any(np.asarray(found.packed[0]) != np.asarray(expected.packed[0]))
+
+
+def test_awq_clip_without_any_token_is_mse():
+    params = {"scale": jnp.ones(D), **W}
+    result = plan(normed, params, X, recipe="nvfp4_weight_only_awq_clip")
+    found = quantize_params(params, result, result.init_stats())
+    expected = quantize_params(params, plan(normed, params, X, recipe="nvfp4_weight_only_mse"))
+    np.testing.assert_array_equal(found["scale"], params["scale"])
+    assert digest(found) == digest(expected)
 
 
 def test_methods_have_names():

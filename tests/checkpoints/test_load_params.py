@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from algorithms import models as small_models
 from golden_models import mesh, tensors_of
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxfp4
@@ -275,6 +276,32 @@ def test_key_value_caches_must_agree(tmp_path):
     )
     with pytest.raises(LeafError, match=r"^a: .*out has no scale of the keys that 'a' makes: wanted one by the plan"):
         load_checkpoint(tmp_path / "out", params=params, plan=other)
+
+
+@pytest.mark.parametrize(
+    "file_format, place", [("modelopt", "attn.k_proj.k_scale"), ("compressed-tensors", "attn.k_scale")]
+)
+def test_scales_of_a_cache_that_the_plan_does_not_quantize(tmp_path, caplog, file_format, place):
+    """As in most of NVIDIA's checkpoints: they are left out, and the log says so; with them in the plan it is quiet."""
+    params = {"attn": {n: jnp.ones((32, 16)) for n in ("k_proj", "q_proj", "v_proj")}}
+
+    def attend(p, x):
+        q, k, v = (x @ p["attn"][f"{n}_proj"] for n in "qkv")
+        return q + checkpoint_name(k, "keys") + checkpoint_name(v, "values")
+
+    x = jnp.ones((4, 32))
+    cached, plain = (jaxfp4.plan(attend, params, x, recipe=r) for r in ("nvfp4_kv_fp8", "nvfp4"))
+    stats = jaxfp4.calibrate(attend, params, [x], cached, progress=False)
+    qparams = jaxfp4.quantize_params(params, cached, stats)
+    export_checkpoint(qparams, tmp_path / "out", format=file_format, config={"model_type": "x"})
+    caplog.clear()
+    assert load_checkpoint(tmp_path / "out", params=params, plan=cached)["attn"]["k_proj"].cache is not None
+    assert not caplog.messages
+    loaded = load_checkpoint(tmp_path / "out", params=params, plan=plain)
+    assert jaxfp4.digest(loaded, inputs=True) == jaxfp4.digest(qparams, inputs=True)
+    assert all(leaf.cache is None for leaf in loaded["attn"].values())
+    (message,) = caplog.messages
+    assert message.startswith(f"attn/k_proj: '{place}' and 1 more scales of the key-value cache are left out, as the")
 
 
 def test_one_scale_for_a_stack_whose_entries_differ_stays_one_for_each(tmp_path, stacked):

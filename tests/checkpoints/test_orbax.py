@@ -1,6 +1,7 @@
 """Orbax checkpoints of quantized parameters, statistics and plans: onto other meshes, and in the middle of things."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -34,7 +35,14 @@ def mesh(*names_and_sizes):
     return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes), devices=jax.devices()[:count])
 
 
-TP8, TP4 = mesh("tp", 8), mesh("tp", 4)
+@functools.cache
+def tp(count):
+    """Not made at import, where a machine with one GPU would fail to collect any test."""
+    return mesh("tp", count)
+
+
+def on_tp(count, spec):
+    return NamedSharding(tp(count), spec)
 
 
 def model(params, x):
@@ -57,7 +65,7 @@ BATCHES = [np.random.default_rng(i).integers(-2, 3, (4, D)).astype(np.float32) f
 
 @pytest.fixture(scope="module")
 def plan():
-    params = jax.eval_shape(lambda: draw(TP8))
+    params = jax.eval_shape(lambda: draw(tp(8)))
     return jaxfp4.plan(model, params, BATCHES[0])
 
 
@@ -71,7 +79,7 @@ def collected(plan, params, batches, stats=None):
 
 @pytest.fixture(scope="module")
 def qparams(plan):
-    params = draw(TP8)
+    params = draw(tp(8))
     return jaxfp4.quantize_params(params, plan, collected(plan, params, BATCHES))
 
 
@@ -95,13 +103,13 @@ def specs_of(weight):
 
 def test_eight_to_four_to_eight_devices(directory, qparams, tmp_path):
     expected = jaxfp4.digest(qparams, inputs=True)
-    four = restore(directory, mesh=TP4).qparams
+    four = restore(directory, mesh=tp(4)).qparams
     assert jaxfp4.digest(four, inputs=True) == expected
     save(tmp_path / "four", qparams=four)
-    eight = restore(tmp_path / "four", mesh=TP8)
+    eight = restore(tmp_path / "four", mesh=tp(8))
     assert jaxfp4.digest(eight.qparams, inputs=True) == expected and eight.plan is None and eight.stats is None
     for name in ("gate", "up"):
-        for tree, on in ((four, TP4), (eight.qparams, TP8)):
+        for tree, on in ((four, tp(4)), (eight.qparams, tp(8))):
             weight = tree["layers"][1][name]
             assert specs_of(weight) == (P(None, "tp"), P(None, "tp"))
             assert weight.weight.packed.sharding.mesh == on and weight.input_scale.sharding.mesh == on
@@ -154,13 +162,13 @@ def test_shardings_by_path_are_those_of_the_logical_weight(directory, qparams):
 
 
 def test_shardings_that_cut_blocks_split_another_dimension(directory, qparams):
-    found = restore(directory, shardings={"layers/0/down": NamedSharding(TP8, P("tp"))}).qparams
+    found = restore(directory, shardings={"layers/0/down": on_tp(8, P("tp"))}).qparams
     assert specs_of(found["layers"][0]["down"]) == (P(None, "tp"),) * 2
     assert jaxfp4.digest(found) == jaxfp4.digest(qparams)
 
 
 def test_one_sharding_for_everything(directory, qparams):
-    found = restore(directory, shardings=NamedSharding(TP8, P("tp"))).qparams["layers"][0]
+    found = restore(directory, shardings=on_tp(8, P("tp"))).qparams["layers"][0]
     assert specs_of(found["gate"]) == (P("tp"),) * 2 and found["norm"].sharding.spec == P("tp")
     assert found["gate"].weight.global_scale.sharding.spec == P()
     device = restore(directory, shardings=SingleDeviceSharding(jax.devices()[2])).qparams
@@ -169,46 +177,42 @@ def test_one_sharding_for_everything(directory, qparams):
 
 
 def test_a_mesh_beside_shardings(directory):
-    found = restore(directory, shardings={"layers/0/gate": NamedSharding(TP4, P("tp"))}, mesh=TP4).qparams["layers"][0]
+    found = restore(directory, shardings={"layers/0/gate": on_tp(4, P("tp"))}, mesh=tp(4)).qparams["layers"][0]
     assert specs_of(found["gate"]) == (P("tp"),) * 2 and specs_of(found["up"]) == (P(None, "tp"),) * 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"shardings": {"layers/9/gate": NamedSharding(TP8, P())}}, ValueError, "'layers/9/gate', which is no leaf"),
-        (
-            {"shardings": {"layers/0/norm": NamedSharding(mesh("tp", 3), P("tp"))}},
-            ValueError,
-            "does not divide the arr",
-        ),
-        ({"shardings": {"layers/0/gate": P()}}, TypeError, "wanted a jax.sharding.NamedSharding or SingleDevice"),
-        ({"shardings": NamedSharding(TP8, P()), "mesh": TP8}, ValueError, "found mesh and one sharding for everything"),
-        ({"target": {"layers": []}}, ValueError, "params holds no arrays"),
-        ({"target": {"gate": jnp.ones(2)}}, ValueError, "target: the checkpoint has no leaf 'gate'"),
+        (lambda: {"shardings": {"layers/9/gate": on_tp(8, P())}}, ValueError, "'layers/9/gate', which is no leaf"),
+        (lambda: {"shardings": {"layers/0/norm": on_tp(3, P("tp"))}}, ValueError, "does not divide the arr"),
+        (lambda: {"shardings": {"layers/0/gate": P()}}, TypeError, "wanted a jax.sharding.NamedSharding or SingleDev"),
+        (lambda: {"shardings": on_tp(8, P()), "mesh": tp(8)}, ValueError, "found mesh and one sharding for everything"),
+        (lambda: {"target": {"layers": []}}, ValueError, "params holds no arrays"),
+        (lambda: {"target": {"gate": jnp.ones(2)}}, ValueError, "target: the checkpoint has no leaf 'gate'"),
     ],
 )
 def test_arguments_that_do_not_fit(directory, arguments, error, message):
     with pytest.raises(error, match=message):
-        restore(directory, **arguments)
+        restore(directory, **arguments())
 
 
 def test_targets_that_do_not_fit(directory):
-    params = jax.eval_shape(lambda: draw(TP8))
+    params = jax.eval_shape(lambda: draw(tp(8)))
     del params["layers"][1]["gate"]
     with pytest.raises(ValueError, match="target: it has no leaf 'layers/1/gate': wanted the tree that was saved"):
         restore(directory, target=params)
-    params = draw(TP8)
+    params = draw(tp(8))
     params["layers"][1]["gate"] = jnp.ones((D, 2 * F))
     with pytest.raises(LeafError, match=r"layers/1/gate: shape \(128, 512\) in target: wanted \(128, 256\), as saved"):
         restore(directory, target=params)
 
 
 def test_a_target_gives_containers_and_shardings(directory, qparams):
-    params = {"layers": tuple(draw(TP4)["layers"])}
+    params = {"layers": tuple(draw(tp(4))["layers"])}
     found = restore(directory, target=params).qparams
     assert isinstance(found["layers"], tuple) and specs_of(found["layers"][1]["up"]) == (P(None, "tp"),) * 2
-    assert found["layers"][1]["up"].weight.packed.sharding.mesh == TP4
+    assert found["layers"][1]["up"].weight.packed.sharding.mesh == tp(4)
     assert jaxfp4.digest(found, inputs=True) == jaxfp4.digest(qparams, inputs=True)
     again = restore(directory, target=qparams).qparams
     assert_equal(again, qparams)
@@ -276,14 +280,14 @@ def test_everything_survives(tmp_path):
 
 def test_orbax_alone_saves_and_restores_quantized_weights(qparams, tmp_path):
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(TP4, P(*[None] * (x.ndim - 1), "tp"))
-            if x.ndim > 1 else NamedSharding(TP4, P())), qparams)  # fmt: skip
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_tp(4, P(*[None] * (x.ndim - 1), "tp"))
+            if x.ndim > 1 else on_tp(4, P())), qparams)  # fmt: skip
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "plain", qparams)
         checkpointer.wait_until_finished()
         found = checkpointer.restore(tmp_path / "plain", abstract)
     assert_equal(found, qparams)
-    assert found["layers"][0]["gate"].weight.scales.sharding == NamedSharding(TP4, P(None, "tp"))
+    assert found["layers"][0]["gate"].weight.scales.sharding == on_tp(4, P(None, "tp"))
     assert jaxfp4.digest(found, inputs=True) == jaxfp4.digest(qparams, inputs=True)
 
 
@@ -313,17 +317,17 @@ jax.config.update("jax_num_cpu_devices", 8)
 sys.path.insert(0, sys.argv[1])
 import test_orbax as t
 import jaxfp4
-found = t.restore(sys.argv[2], mesh=t.TP4)
-params = t.draw(t.TP4)
+found = t.restore(sys.argv[2], mesh=t.tp(4))
+params = t.draw(t.tp(4))
 stats = t.collected(found.plan, params, t.BATCHES[found.custom_metadata["batches"]:], found.stats)
 print(jaxfp4.digest(jaxfp4.quantize_params(params, found.plan, stats), inputs=True))
 """
 
 
 def test_a_calibration_continues_in_another_process_on_another_mesh(plan, qparams, tmp_path, pytestconfig):
-    params = draw(TP8)
+    params = draw(tp(8))
     save(tmp_path / "half", stats=collected(plan, params, BATCHES[:2]), plan=plan, custom_metadata={"batches": 2})
-    found = restore(tmp_path / "half", mesh=TP8)
+    found = restore(tmp_path / "half", mesh=tp(8))
     assert found.qparams is None
     stats = collected(found.plan, params, BATCHES[2:], found.stats)
     expected = jaxfp4.digest(qparams, inputs=True)
@@ -341,7 +345,7 @@ def test_a_calibration_continues_in_another_process_on_another_mesh(plan, qparam
 
 @pytest.mark.parametrize("recipe", ["nvfp4_gptq", "nvfp4_act_headroom"])
 def test_moments_and_histograms_continue_too(recipe, tmp_path):
-    params = {"w": draw(TP8)["layers"][0]["gate"]}
+    params = {"w": draw(tp(8))["layers"][0]["gate"]}
 
     def linear(p, x):
         return x @ p["w"]
@@ -350,7 +354,7 @@ def test_moments_and_histograms_continue_too(recipe, tmp_path):
     calibrate_fn = jaxfp4.make_calibrate_fn(linear, plan)
     stats = calibrate_fn(params, plan.init_stats(params), BATCHES[0])
     save(tmp_path / "half", stats=stats)
-    for arguments in ({}, {"mesh": TP8}, {"shardings": NamedSharding(TP8, P("tp"))}, {"target": params}):
+    for arguments in ({}, {"mesh": tp(8)}, {"shardings": on_tp(8, P("tp"))}, {"target": params}):
         found = restore(tmp_path / "half", **arguments).stats
         assert_equal(found, stats)
         # Integers, so that the sums are exact; and where nothing was said, they go where the parameters are.
@@ -358,11 +362,11 @@ def test_moments_and_histograms_continue_too(recipe, tmp_path):
 
 
 def test_statistics_follow_the_parameters_onto_their_mesh(plan, qparams, tmp_path):
-    stats = collected(plan, draw(TP8), BATCHES[:1])
+    stats = collected(plan, draw(tp(8)), BATCHES[:1])
     save(tmp_path / "both", qparams=qparams, stats=stats)
-    for arguments in ({"target": draw(TP4)}, {"shardings": {"layers/0/up": NamedSharding(TP4, P())}}):
+    for arguments in ({"target": draw(tp(4))}, {"shardings": {"layers/0/up": on_tp(4, P())}}):
         found = restore(tmp_path / "both", **arguments).stats
-        assert all(x.sharding == NamedSharding(TP4, P()) for x in jax.tree.leaves(found))
+        assert all(x.sharding == on_tp(4, P()) for x in jax.tree.leaves(found))
         assert_equal(found, stats)
 
 
@@ -556,9 +560,9 @@ def test_damaged_arrays_are_one_line(tmp_path, damage):
 
 
 def test_weights_in_fp8_are_split_too(tmp_path):
-    weight = jaxfp4.QuantizedWeight(quantize_fp8(jax.device_put(jnp.ones((8, 16)), NamedSharding(TP8, P("tp")))))
+    weight = jaxfp4.QuantizedWeight(quantize_fp8(jax.device_put(jnp.ones((8, 16)), on_tp(8, P("tp")))))
     save(tmp_path / "s", qparams={"w": weight})
-    for arguments in ({"mesh": TP4}, {"shardings": {"w": NamedSharding(TP4, P("tp"))}}, {"target": {"w": weight}}):
+    for arguments in ({"mesh": tp(4)}, {"shardings": {"w": on_tp(4, P("tp"))}}, {"target": {"w": weight}}):
         found = restore(tmp_path / "s", **arguments).qparams["w"].weight
         assert found.values.sharding.spec == P("tp") and found.global_scale.sharding.is_fully_replicated
         assert_equal(found, weight.weight)
@@ -575,12 +579,12 @@ def test_values_are_those_of_the_dataclasses(qparams):
 
 
 def test_calibrate_continues(plan, qparams, tmp_path):
-    params = draw(TP8)
+    params = draw(tp(8))
     half = jaxfp4.calibrate(model, params, BATCHES[:2], plan, progress=False)
     save(tmp_path / "half", stats=half, plan=plan)
-    for on in (TP8, TP4):
+    for on in (tp(8), tp(4)):
         params = draw(on)
-        for arguments in ({}, {"mesh": TP8}, {"mesh": TP4}):
+        for arguments in ({}, {"mesh": tp(8)}, {"mesh": tp(4)}):
             found = restore(tmp_path / "half", **arguments)
             stats = jaxfp4.calibrate(model, params, BATCHES[2:], found.plan, stats=found.stats, progress=False)
             again = jaxfp4.quantize_params(params, found.plan, stats)
