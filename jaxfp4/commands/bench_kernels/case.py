@@ -27,6 +27,8 @@ MOST_INPUTS = 8
 LAUNCH_BYTES = 256 << 20
 """A launch on an accelerator reads this much or does `MOST_RUNS` runs, so that launches do not set the pace."""
 MOST_RUNS = 4
+FEWEST_CORES = 4
+"""Below this, threads that compile only get in each other's way."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,7 @@ class CaseResult:
 class Compiled:
     """Programs of a case."""
 
+    prepare: Callable[[Array], Arguments]
     once: Callable[..., Any]
     several: Callable[..., Any]
     """Does `runs` runs a call."""
@@ -100,8 +103,9 @@ class Bench:
         self._reads: dict[int, Timing] = {}
 
     def compile(self, cases: Sequence[tuple[Operation, Size]]) -> list[Compiled | str]:
-        """The programs of all cases, on as many threads as there are cores; a message for one that cannot be."""
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        """The programs of all cases, on the machine's cores if it has several; a message for one that cannot be."""
+        cores = os.cpu_count() or 1
+        with concurrent.futures.ThreadPoolExecutor(cores if cores >= FEWEST_CORES else 1) as pool:
             return list(pool.map(lambda case: self._compiled(*case), cases))
 
     def measure(self, operation: Operation, size: Size, programs: Compiled | str) -> CaseResult:
@@ -109,7 +113,7 @@ class Bench:
         result = CaseResult(operation, size)
         if isinstance(programs, str):
             return dataclasses.replace(result, error=programs)
-        given = [operation.prepare(weight(size, 0), 0)]
+        given = [programs.prepare(weight(size, 0))]
         try:
             ours = jax.block_until_ready(programs.once(*given[0]))
         except RuntimeError as error:
@@ -120,7 +124,7 @@ class Bench:
         )
         if not result.correct:
             return result
-        given += [operation.prepare(weight(size, seed), seed) for seed in range(1, self._inputs(size))]
+        given += [programs.prepare(weight(size, seed)) for seed in range(1, self._inputs(size))]
         parts = parts_of(ours)
         naive_equal = equal_share(parts, parts_of(programs.naive(*given[0])))
         turns = in_turn(given, programs.runs) if programs.runs > 1 else given
@@ -147,7 +151,7 @@ class Bench:
     def _streamed(self, known: dict[int, Timing], words: int, function: Callable[[Array], Array]) -> Timing:
         words = max(words, 1)
         if words not in known:
-            arrays = [jnp.arange(words, dtype=jnp.uint32) + i for i in range(self._count(4 * words))]
+            arrays = [_numbers(words, i) for i in range(self._count(4 * words))]
             runs = self._runs(4 * words)
             turns = in_turn([(a,) for a in arrays], runs)
             known[words] = self.clock.time(jax.jit(in_sequence(function)), turns, runs)
@@ -155,17 +159,18 @@ class Bench:
 
     def _compiled(self, operation: Operation, size: Size) -> Compiled | str:
         try:
-            shapes = jax.eval_shape(functools.partial(operation.prepare, seed=0), _shape(size))
+            prepare = jax.jit(lambda x: operation.prepare(x, 0)).lower(_shape(size)).compile()
+            shapes = jax.eval_shape(lambda x: operation.prepare(x, 0), _shape(size))
             runs = self._runs(size.nbytes)
             once, naive = (jax.jit(f).lower(*shapes).compile() for f in (operation.ours, operation.naive))
             if runs == 1:
-                return Compiled(once, once, 1, naive, naive)
+                return Compiled(prepare, once, once, 1, naive, naive)
             several = [
                 jax.jit(in_sequence(f)).lower(*[shapes] * runs).compile() for f in (operation.ours, operation.naive)
             ]
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             return _line(error)
-        return Compiled(once, several[0], runs, naive, several[1])
+        return Compiled(prepare, once, several[0], runs, naive, several[1])
 
     def _rival(self, library: Library, rival: Rival, ours: dict[str, Array], given: Sequence[Arguments]) -> RivalResult:
         result = RivalResult(library.name, rival.function, rival.note)
@@ -192,6 +197,11 @@ class Bench:
     def _runs(self, nbytes: int) -> int:
         """How many runs to launch at a time."""
         return max(1, min(MOST_RUNS, math.ceil(LAUNCH_BYTES / nbytes))) if self.clock.asynchronous else 1
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _numbers(count: int, first: int) -> Array:
+    return jnp.arange(count, dtype=jnp.uint32) + first
 
 
 def _copied(x: Array) -> Array:

@@ -20,7 +20,7 @@ from jaxfp4.commands.bench_kernels import model_optimizer, qwix_library
 from jaxfp4.commands.bench_kernels.case import Bench, CaseResult
 from jaxfp4.commands.bench_kernels.libraries import Library, installed, versions
 from jaxfp4.commands.bench_kernels.operations import OPERATIONS, Operation
-from jaxfp4.commands.bench_kernels.report import case_as_json, cases_table, rivals_table
+from jaxfp4.commands.bench_kernels.report import case_as_json, cases_table, remarks, rivals_table
 from jaxfp4.commands.bench_kernels.sizes import SIZES, Size
 from jaxfp4.commands.bench_kernels.timing import Clock
 from jaxfp4.commands.errors import CommandError
@@ -77,11 +77,11 @@ def bench_kernels(
     programs = bench.compile(cases)
     compiled = time.perf_counter() - start
     results: list[CaseResult] = []
-    for case, program in _tracked(zip(cases, programs, strict=True), len(cases)):
+    for (operation, size), program in _tracked(zip(cases, programs, strict=True), len(cases)):
         if choice.time_limit is not None and time.perf_counter() - start > choice.time_limit:
-            skipped[" ".join((case[0].name, case[1].name))] = f"past the limit of {choice.time_limit:g} s"
+            skipped[f"{operation.name} {size.name}"] = f"past the limit of {choice.time_limit:g} s"
             continue
-        results.append(bench.measure(*case, program))
+        results.append(bench.measure(operation, size, program))
     environment = _environment(libraries)
     streams = _streams(bench, on_accelerator, choice.quick)
     console.print(Text(", ".join(f"{name} {value}" for name, value in environment.items())), soft_wrap=True)
@@ -90,6 +90,8 @@ def bench_kernels(
     console.print(cases_table(results))
     if any(result.rivals for result in results):
         console.print(rivals_table(results))
+    for line in remarks(results):
+        console.print(Text(line), soft_wrap=True)
     for name, reason in skipped.items():
         console.print(Text(f"skipped {name}: {reason}"), soft_wrap=True)
     wrong = [f"{r.operation.name} {r.size.name}" for r in results if not r.correct]
@@ -114,17 +116,18 @@ def chosen_cases(
 ) -> list[tuple[Operation, Size]]:
     """The operations on the sizes that they are defined for, in order of size.
 
-    By default the platform's sizes, on all but the first of which only the operations that matter everywhere run;
-    whatever is named runs on everything. CommandError for unknown names, and if nothing is left.
+    By default the platform's sizes, or quick ones; on all but the first of them run only the operations that matter
+    everywhere. Whatever is named runs on everything. CommandError for unknown names, and if nothing is left.
     """
     platform = ACCELERATOR_SIZES if on_accelerator else CPU_SIZES
     sizes = [SIZES[n] for n in _names("--sizes", choice.sizes, SIZES, QUICK if choice.quick else platform)]
     chosen = [operations[n] for n in _names("--operations", choice.operations, operations, tuple(operations))]
-    complete = choice.quick or choice.sizes is not None or choice.operations is not None
+    complete = choice.sizes is not None or choice.operations is not None
     cases = [
         (operation, size)
         for size, operation in itertools.product(sizes, chosen)
-        if operation.takes(size) and (complete or operation.everywhere or size == sizes[0])
+        if operation.takes(size)
+        and (complete or size == sizes[0] or operation.stacks or (operation.everywhere and not choice.quick))
     ]
     if not cases:
         raise CommandError(

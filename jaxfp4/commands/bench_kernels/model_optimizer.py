@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,11 +48,22 @@ class ModelOptimizer:
             self._kernels: Any = importlib.import_module(KERNELS)
         # Torch is asked for what JAX was: the same kind of device, and on a CPU all cores, as by default.
         self._on_gpu = jax.default_backend() == "gpu" and self._torch.cuda.is_available()
-        self._torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self._torch.set_num_threads(os.cpu_count() or 1)
         self.versions = versions(["nvidia-modelopt", "torch", "triton"])
+        # Its first use of FP8 compiles CUDA code for a minute, which is done while ours is compiled.
+        self._extension = threading.Thread(target=self._build_extension, daemon=True)
+        if self._on_gpu:
+            self._extension.start()
+
+    def _build_extension(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without it, slower functions of torch do the same
+            importlib.import_module(f"{QUANTIZATION}.extensions").get_cuda_ext_fp8(raise_if_failed=False)
 
     def rivals(self, operation: str) -> Sequence[Rival]:
         """What it has for an operation; searches on a CPU go through its calibrators."""
+        if self._on_gpu:
+            self._extension.join()
         leading = operation.endswith("_leading")
         make = self._makers().get(operation.removesuffix("_leading"))
         return () if make is None else make(_Layout(self._torch, leading))

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -100,8 +101,16 @@ def _rows(x: Array, axis: int, count: int = reference.ROWS) -> Any:
     return reference.rows_of(x, axis, count).astype(np.float32)
 
 
+def _amax(x: Array) -> Any:
+    return np.asarray(_compiled_amax(x))
+
+
+_compiled_amax = jax.jit(naive.global_amax)
+_compiled_rotated_amax = jax.jit(lambda x: naive.global_amax(naive.hadamard(x)))
+
+
 def _global_amax(arguments: Arguments) -> Rows:
-    return {"amax": np.asarray(jnp.max(jnp.abs(arguments[0].astype(jnp.float32))))}
+    return {"amax": _amax(arguments[0])}
 
 
 def _amaxes(arguments: Arguments) -> Rows:
@@ -111,7 +120,7 @@ def _amaxes(arguments: Arguments) -> Rows:
 
 def _quantized(axis: int) -> Callable[[Arguments], Rows]:
     def expected(arguments: Arguments) -> Rows:
-        return reference.quantized(_rows(arguments[0], axis), _global_amax(arguments)["amax"])
+        return reference.quantized(_rows(arguments[0], axis), _amax(arguments[0]))
 
     return expected
 
@@ -120,7 +129,7 @@ def _fake_quantized(axis: int) -> Callable[[Arguments], Rows]:
     def expected(arguments: Arguments) -> Rows:
         x, amax = arguments
         values = reference.fake_quantized(_rows(x, axis), np.asarray(amax))
-        return {"values": np.asarray(jnp.asarray(values).astype(x.dtype))}
+        return {"values": values.astype(x.dtype)}
 
     return expected
 
@@ -131,7 +140,7 @@ def _dequantized(axis: int) -> Callable[[Arguments], Rows]:
         values = reference.decode(
             reference.rows_of(packed, axis), reference.rows_of(scales, axis), np.float32(np.asarray(scale))
         )
-        return {"values": np.asarray(jnp.asarray(values).astype(sizes.DTYPE))}
+        return {"values": values.astype(sizes.DTYPE)}
 
     return expected
 
@@ -168,16 +177,16 @@ def _four_or_six(arguments: Arguments) -> Rows:
 
 
 def _rotated(arguments: Arguments) -> Rows:
-    scale = jnp.max(jnp.abs(naive.hadamard(arguments[0])))
-    result = reference.quantized(reference.rotated(_rows(arguments[0], -1)), np.asarray(scale))
+    amax = np.asarray(_compiled_rotated_amax(arguments[0]))
+    result = reference.quantized(reference.rotated(_rows(arguments[0], -1)), amax)
     return {name: result[name] for name in ("packed", "scales")}
 
 
 def _experts_quantized(arguments: Arguments) -> Rows:
     """Each of the experts that rows are taken of with its own amax."""
     x = arguments[0]
-    parts = [reference.quantized(_rows(x[e], -2), np.asarray(jnp.max(jnp.abs(x[e])))) for e in (0, -1)]
-    at = np.unique(np.linspace(0, 2 * len(parts[0]["scales"]) - 1, reference.ROWS).astype(int))
+    parts = [reference.quantized(_rows(x[e], -2), _amax(x[e])) for e in (0, -1)]
+    at = reference.spread(2 * len(parts[0]["scales"]), reference.ROWS)
     return {name: np.concatenate([part[name] for part in parts])[at] for name in ("packed", "scales")}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import ml_dtypes
 import numpy as np
 from jax import Array
@@ -32,16 +32,18 @@ _SCALES = np.arange(1, 127, dtype=np.uint8)
 
 def rows_of(x: Array, axis: int, count: int = ROWS) -> NDArray[Any]:
     """Rows of an array along its contraction `axis`, -1 or -2, from its start to its end; float8 as bytes."""
-    x = x if axis == -1 or x.ndim < 2 else jnp.swapaxes(_some(x, -1, count), -1, -2)
+    cut: Any = np.asarray(x) if jax.default_backend() == "cpu" else x  # what is on a CPU needs no compiled indexing
+    if axis == -2 and x.ndim > 1:
+        cut = cut[..., spread(x.shape[-1], count)].swapaxes(-1, -2)
     if x.ndim > 2:
-        x = jnp.concatenate([x[0], x[-1]])
-    values = np.asarray(_some(x, 0, count))
+        cut = np.concatenate([np.asarray(cut[0]), np.asarray(cut[-1])])
+    values = np.asarray(cut[spread(len(cut), count)])
     return values.view(np.uint8) if values.dtype == ml_dtypes.float8_e4m3fn else values
 
 
-def _some(x: Array, axis: int, count: int) -> Array:
-    at = np.unique(np.linspace(0, x.shape[axis] - 1, count).astype(int))
-    return jnp.take(x, at, axis=axis)
+def spread(size: int, count: int) -> NDArray[np.intp]:
+    """Indices from the first to the last, at most `count`."""
+    return np.unique(np.linspace(0, size - 1, count).astype(np.intp))
 
 
 def parts_in_rows(parts: Parts, axis: int, count: int = ROWS) -> Rows:
@@ -69,7 +71,7 @@ def encode(rows: Floats, scales: NDArray[np.uint8], scale: np.float32) -> NDArra
     """Packed codes under block scales."""
     quotient = _blocks(rows) / (_e4m3_values(scales) * scale)[..., None]
     codes = (_index(np.abs(quotient)) + 8 * (quotient < 0)).astype(np.uint8).reshape(rows.shape)
-    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+    return codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
 
 
 def decode(packed: NDArray[np.uint8], scales: NDArray[np.uint8], scale: np.float32) -> Floats:
@@ -132,7 +134,7 @@ def _index(magnitude: Floats) -> NDArray[np.intp]:
 
 
 def _e4m3_bytes(values: Floats) -> NDArray[np.uint8]:
-    return np.clip(values, 2.0**-9, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    return np.asarray(np.clip(values, 2.0**-9, 448).astype(ml_dtypes.float8_e4m3fn)).view(np.uint8)
 
 
 def _e4m3_values(codes: NDArray[np.uint8]) -> Floats:

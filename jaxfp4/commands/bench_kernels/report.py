@@ -16,7 +16,7 @@ from jaxfp4.commands.bench_kernels.timing import Timing
 def cases_table(results: Sequence[CaseResult]) -> Table:
     """Ours beside the copy and the naive version."""
     table = _table(
-        ("operation", "size"), ("bytes moved", "time", "GB/s", "of the copy", "naive", "naive's codes", "as expected")
+        ("operation", "size"), ("bytes moved", "time", "GB/s", "of the copy", "naive", "naive equal", "as expected")
     )
     for result in results:
         name, size = result.operation.name, result.size.name
@@ -43,23 +43,27 @@ def cases_table(results: Sequence[CaseResult]) -> Table:
 
 def rivals_table(results: Sequence[CaseResult]) -> Table:
     """Ours beside other libraries' functions."""
-    table = _table(("operation", "size", "library", "function"), ("ours", "theirs", "ours is faster", "equal"))
-    table.add_column("difference in work")
+    table = _table(("operation", "size", "function"), ("ours", "theirs", "ours is faster", "equal"))
     for result in results:
         for rival in result.rivals:
-            equal = _share(rival.equal) + ("" if rival.same or rival.equal is None else " DIFFERS")
+            equal = "failed" if rival.equal is None else _share(rival.equal) + ("" if rival.same else " DIFFERS")
             table.add_row(
                 result.operation.name,
                 result.size.name,
-                rival.library,
-                rival.function,
+                f"{rival.library} {rival.function}",
                 "" if result.ours is None else _time(result.ours),
                 "" if rival.timing is None else _time(rival.timing),
                 _ratio(result.ratio(rival.timing)),
                 equal,
-                rival.error or rival.note,
             )
     return table
+
+
+def remarks(results: Sequence[CaseResult]) -> list[str]:
+    """How the work of other libraries' functions differs from ours, and why some could not be measured, once each."""
+    rivals = [rival for result in results for rival in result.rivals]
+    lines = [f"{r.library} {r.function}: {r.error or r.note}" for r in rivals if r.error or r.note]
+    return list(dict.fromkeys(lines))
 
 
 def case_as_json(result: CaseResult) -> dict[str, Any]:
@@ -107,15 +111,15 @@ def _table(left: Sequence[str], right: Sequence[str]) -> Table:
     for header in left:
         table.add_column(header, no_wrap=True)
     for header in right:
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", no_wrap=True)
     return table
 
 
 def _time(timing: Timing) -> str:
-    """The median and half the distance of the quartiles."""
+    """The median, and half the distance of the quartiles as a share of it."""
     factor, unit = next(f for f in ((1e6, "us"), (1e3, "ms"), (1, "s")) if timing.median * f[0] < 1000 or f[1] == "s")
-    spread = (timing.high - timing.low) / 2 * factor
-    return f"{timing.median * factor:.3g} ± {spread:.1g} {unit}" + (" (host)" if timing.host_bound else "")
+    spread = (timing.high - timing.low) / 2 / timing.median
+    return f"{timing.median * factor:.4g} {unit} ± {spread:.0%}" + (" (host)" if timing.host_bound else "")
 
 
 def _ratio(ratio: float | None) -> str:
