@@ -86,12 +86,10 @@ class Compiled:
     """Programs of a case."""
 
     prepare: Callable[[Array], Arguments]
-    once: Callable[..., Any]
-    several: Callable[..., Any]
-    """Does `runs` runs a call."""
-    runs: int
+    ours: Callable[..., Any]
+    """Takes `runs` argument tuples and gives as many results."""
     naive: Callable[..., Any]
-    naive_several: Callable[..., Any]
+    runs: int
 
 
 class Bench:
@@ -115,7 +113,7 @@ class Bench:
             return dataclasses.replace(result, error=programs)
         given = [programs.prepare(weight(size, 0))]
         try:
-            ours = jax.block_until_ready(programs.once(*given[0]))
+            ours = jax.block_until_ready(programs.ours(*given * programs.runs)[0])
         except RuntimeError as error:
             return dataclasses.replace(result, error=_line(error))
         read = _nbytes(given[0]) + (operation.reads - 1) * size.nbytes
@@ -124,12 +122,12 @@ class Bench:
         )
         if not result.correct:
             return result
-        given += [programs.prepare(weight(size, seed)) for seed in range(1, self._inputs(size))]
+        given += [programs.prepare(weight(size, seed)) for seed in range(1, self._count(size.nbytes))]
         parts = parts_of(ours)
-        naive_equal = equal_share(parts, parts_of(programs.naive(*given[0])))
-        turns = in_turn(given, programs.runs) if programs.runs > 1 else given
-        ours_timing = self.clock.time(programs.several, turns, programs.runs)
-        naive_timing = self.clock.time(programs.naive_several, turns, programs.runs)
+        naive_equal = equal_share(parts, parts_of(programs.naive(*given[:1] * programs.runs)[0]))
+        turns = in_turn(given, programs.runs)
+        ours_timing = self.clock.time(programs.ours, turns, programs.runs)
+        naive_timing = self.clock.time(programs.naive, turns, programs.runs)
         copy = self.copy(result.read + result.written)
         rivals = tuple(
             self._rival(library, rival, parts, given)
@@ -162,15 +160,13 @@ class Bench:
             prepare = jax.jit(lambda x: operation.prepare(x, 0)).lower(_shape(size)).compile()
             shapes = jax.eval_shape(lambda x: operation.prepare(x, 0), _shape(size))
             runs = self._runs(size.nbytes)
-            once, naive = (jax.jit(f).lower(*shapes).compile() for f in (operation.ours, operation.naive))
-            if runs == 1:
-                return Compiled(prepare, once, once, 1, naive, naive)
-            several = [
-                jax.jit(in_sequence(f)).lower(*[shapes] * runs).compile() for f in (operation.ours, operation.naive)
-            ]
+            ours, naive = (
+                jax.jit(in_sequence(function)).lower(*[shapes] * runs).compile()
+                for function in (operation.ours, operation.naive)
+            )
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             return _line(error)
-        return Compiled(prepare, once, several[0], runs, naive, several[1])
+        return Compiled(prepare, ours, naive, runs)
 
     def _rival(self, library: Library, rival: Rival, ours: dict[str, Array], given: Sequence[Arguments]) -> RivalResult:
         result = RivalResult(library.name, rival.function, rival.note)
@@ -185,9 +181,6 @@ class Bench:
         except Exception as error:  # whatever another library raises is its result
             return dataclasses.replace(result, error=_line(error))
         return dataclasses.replace(result, equal=equal, same=equal >= rival.wanted, timing=timing)
-
-    def _inputs(self, size: Size) -> int:
-        return self._count(size.nbytes)
 
     def _count(self, nbytes: int) -> int:
         """How many inputs to take in turn."""

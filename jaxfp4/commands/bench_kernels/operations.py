@@ -48,6 +48,8 @@ class Operation:
     """How many rows are looked at, from their length."""
     wanted: float = EXACT
     """The least share of them that has to be as expected."""
+    tolerance: float = 0.0
+    """How far an entry may be off, relative to the largest: of sums, whose order is free."""
     reads: int = 1
     """How often the weight must be read; twice where its global amax comes before its codes."""
     stacks: bool | None = None
@@ -63,7 +65,7 @@ class Operation:
         """The least share of a result's sampled entries that equal the reference."""
         rows = self.rows(arguments[0].shape[self.axis])
         return reference.equal_share(
-            reference.parts_in_rows(parts_of(result), self.axis, rows), self.expected(arguments)
+            reference.parts_in_rows(parts_of(result), self.axis, rows), self.expected(arguments), self.tolerance
         )
 
 

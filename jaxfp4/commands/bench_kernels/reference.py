@@ -51,9 +51,16 @@ def parts_in_rows(parts: Parts, axis: int, count: int = ROWS) -> Rows:
     return {name: rows_of(part, axis, count) if part.size > 1 else np.asarray(part) for name, part in parts.items()}
 
 
-def equal_share(ours: Rows, wanted: Rows) -> float:
-    """The least share of equal bytes, codes or floats over the parts that are wanted."""
-    return min(float(np.mean(ours[name].astype(np.float32) == w.astype(np.float32))) for name, w in wanted.items())
+def equal_share(ours: Rows, wanted: Rows, tolerance: float = 0.0) -> float:
+    """The least share of equal bytes or floats over the parts that are wanted; of packed codes two are one byte.
+
+    `tolerance` is how far they may be apart, relative to the largest magnitude that is wanted.
+    """
+
+    def equal(a: Floats, b: Floats) -> float:
+        return float(np.mean(np.abs(a - b) <= tolerance * np.max(np.abs(b))))
+
+    return min(equal(ours[name].astype(np.float32), w.astype(np.float32)) for name, w in wanted.items())
 
 
 def global_scale(amax: Floats, divisor: int = 2688) -> np.float32:
