@@ -91,6 +91,9 @@ class Other:
     def versions(self):
         return {"other": "1.5"}
 
+    def begin(self, operations):
+        assert operations == {"global_amax"}
+
     def rivals(self, operation):
         def alone(x):
             return (np.asarray(x.astype(jnp.float32)),)
@@ -139,7 +142,8 @@ def test_what_is_chosen_by_default():
     on_gpu = [(o.name, s.name) for o, s in chosen_cases(Choice(), OPERATIONS, on_accelerator=True)]
     assert {s for _, s in on_gpu} == {"1b", "8b", "70b", "experts"} and ("mse", "8b") in on_gpu
     quick = [(o.name, s.name) for o, s in chosen_cases(Choice(quick=True), OPERATIONS, on_accelerator=True)]
-    assert quick[-1] == ("quantize_experts", "tiny_experts") and ("quantize", "tiny_experts") not in quick
+    assert ("quantize_experts", "tiny_experts") in quick and ("quantize", "tiny_experts") not in quick
+    assert quick[0] == ("global_amax", "tiny") and not OPERATIONS[quick[-1][0]].everywhere
 
 
 @pytest.mark.parametrize("axis", [-1, -2])

@@ -74,6 +74,8 @@ def bench_kernels(
         libraries = _libraries(skipped)
     pace = "quick" if choice.quick else "accelerator" if on_accelerator else "cpu"
     bench = Bench(Clock(on_accelerator, SECONDS[pace]), libraries)
+    for library in libraries:
+        library.begin({operation.name for operation, _ in cases})
     programs = bench.compile(cases)
     compiled = time.perf_counter() - start
     results: list[CaseResult] = []
@@ -114,7 +116,7 @@ def bench_kernels(
 def chosen_cases(
     choice: Choice, operations: Mapping[str, Operation], on_accelerator: bool
 ) -> list[tuple[Operation, Size]]:
-    """The operations on the sizes that they are defined for, in order of size.
+    """The operations on the sizes that they are defined for; those that matter everywhere first, then in order of size.
 
     By default the platform's sizes, or quick ones; on all but the first of them run only the operations that matter
     everywhere. Whatever is named runs on everything. CommandError for unknown names, and if nothing is left.
@@ -134,7 +136,7 @@ def chosen_cases(
             f"--operations {choice.operations} --sizes {choice.sizes}: none of them is defined for any of the sizes; "
             "name a stack of experts such as tiny_experts, or another operation"
         )
-    return cases
+    return sorted(cases, key=lambda case: not case[0].everywhere)
 
 
 def _names(option: str, text: str | None, known: Iterable[str], default: Sequence[str]) -> tuple[str, ...]:

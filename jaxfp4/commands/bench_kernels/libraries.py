@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from jaxfp4.commands.bench_kernels.parts import Parts
@@ -42,6 +42,10 @@ class Library(Protocol):
     @property
     def versions(self) -> dict[str, str]:
         """Those of its packages."""
+        ...
+
+    def begin(self, operations: Collection[str]) -> None:
+        """Told which operations will be asked for, before anything else."""
         ...
 
     def rivals(self, operation: str) -> Sequence[Rival]:

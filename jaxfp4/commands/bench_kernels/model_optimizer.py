@@ -11,7 +11,7 @@ import importlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,9 @@ PACKAGES = ("modelopt", "torch")
 BLOCK = 16
 QUANTIZATION = "modelopt.torch.quantization"
 KERNELS = "modelopt.torch.kernels.quantization.gemm"
+USES_EXTENSION = {"fake_quantize", "fake_quantize_leading", "four_over_six", "local_hessian"}
+USES_SWEEP = {"mse", "mse_leading"}
+"""Operations for which it compiles its CUDA extension for FP8, or a Triton kernel with 126 steps written out."""
 SEARCH_WANTED = 0.99
 """Float32 errors of two block scales may change places."""
 
@@ -50,20 +53,30 @@ class ModelOptimizer:
         self._on_gpu = jax.default_backend() == "gpu" and self._torch.cuda.is_available()
         self._torch.set_num_threads(os.cpu_count() or 1)
         self.versions = versions(["nvidia-modelopt", "torch", "triton"])
-        # Its first use of FP8 compiles CUDA code for a minute, which is done while ours is compiled.
-        self._extension = threading.Thread(target=self._build_extension, daemon=True)
-        if self._on_gpu:
-            self._extension.start()
+        self._building: dict[str, threading.Thread] = {}
+
+    def begin(self, operations: Collection[str]) -> None:
+        """Compiles what takes it a minute at its first use, on a GPU, while ours is compiled."""
+        if not self._on_gpu:
+            return
+        for build, users in ((self._build_extension, USES_EXTENSION), (self._build_sweep, USES_SWEEP)):
+            if users & set(operations):
+                thread = threading.Thread(target=build, daemon=True)
+                thread.start()
+                self._building |= dict.fromkeys(users, thread)
 
     def _build_extension(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # without it, slower functions of torch do the same
-            importlib.import_module(f"{QUANTIZATION}.extensions").get_cuda_ext_fp8(raise_if_failed=False)
+        # If it cannot be built, slower functions of torch do the same, and a warning says so.
+        importlib.import_module(f"{QUANTIZATION}.extensions").get_cuda_ext_fp8(raise_if_failed=False)
+
+    def _build_sweep(self) -> None:
+        values = self._torch.ones((1 << 16, BLOCK), dtype=self._torch.bfloat16, device="cuda")
+        self._kernels.nvfp4_fp8_scale_sweep(values, values[0, 0].float())
 
     def rivals(self, operation: str) -> Sequence[Rival]:
         """What it has for an operation; searches on a CPU go through its calibrators."""
-        if self._on_gpu:
-            self._extension.join()
+        if operation in self._building:
+            self._building[operation].join()
         leading = operation.endswith("_leading")
         make = self._makers().get(operation.removesuffix("_leading"))
         return () if make is None else make(_Layout(self._torch, leading))

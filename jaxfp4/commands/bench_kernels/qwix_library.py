@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,9 @@ class Qwix:
     def __init__(self) -> None:
         self._qwix: Any = importlib.import_module("qwix")
         self.versions = versions(["qwix"])
+
+    def begin(self, operations: Collection[str]) -> None:
+        """Nothing: its functions are compiled at their first call, in little time."""
 
     def rivals(self, operation: str) -> Sequence[Rival]:
         """Quantization and dequantization along either axis."""
