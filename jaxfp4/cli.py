@@ -15,6 +15,7 @@ from rich.console import Console
 import jaxfp4
 from jaxfp4 import recipes
 from jaxfp4.checkpoints.streaming.file_quantization import DEFAULT_SHARD_BYTES
+from jaxfp4.commands.bench_kernels.command import Choice, bench_kernels
 from jaxfp4.commands.bench_quality import HELD_OUT_BATCHES, bench_quality
 from jaxfp4.commands.convert import convert_directory
 from jaxfp4.commands.demo import DEVICES, demo
@@ -100,13 +101,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, metavar="FILE", help="all figures, unrounded")
     command.set_defaults(run=_inspect)
 
-    command = commands.add_parser("bench", help="measurements on the built-in model")
+    command = commands.add_parser("bench", help="measurements")
     benchmarks = command.add_subparsers(required=True, metavar="BENCHMARK")
-    command = benchmarks.add_parser("quality", help="held-out loss and KL divergence of each recipe")
+    command = benchmarks.add_parser(
+        "quality", help="held-out loss and KL divergence of each recipe on the built-in model"
+    )
     command.add_argument("--recipes", metavar="NAME,NAME", help="by default all; nvfp4 among them to compare with")
     command.add_argument("--batches", type=_positive, default=HELD_OUT_BATCHES, help="of held-out text")
     command.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures, unrounded")
     command.set_defaults(run=_bench_quality)
+    command = benchmarks.add_parser("kernels", help="time of each array function, beside other libraries if installed")
+    command.add_argument("--operations", metavar="NAME,NAME", help="by default all")
+    command.add_argument("--sizes", metavar="NAME,NAME", help="by default layers of some models, small ones on a CPU")
+    command.add_argument("--quick", action="store_true", help="tiny arrays, to see that everything works")
+    command.add_argument("--time-limit", type=_positive, metavar="SECONDS", help="begin no case after this")
+    command.add_argument("--json", type=Path, metavar="FILE", help="all figures, unrounded")
+    command.set_defaults(run=_bench_kernels)
     return parser
 
 
@@ -193,3 +203,8 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
 
 def _bench_quality(options: argparse.Namespace, console: Console) -> None:
     bench_quality(console, options.recipes, options.batches, options.json)
+
+
+def _bench_kernels(options: argparse.Namespace, console: Console) -> int:
+    choice = Choice(options.operations, options.sizes, options.quick, options.time_limit)
+    return bench_kernels(console, choice, options.json)
