@@ -64,7 +64,7 @@ def test_interpreted_kernels_give_the_bytes_of_plain_jax(kind, dtype, axis):
 
 @each_axis
 def test_global_scales_smaller_than_the_values_saturate(axis):
-    x = hostile("heavy", (32, 48), jnp.float32)
+    x = hostile("heavy", (32, 80), jnp.float32)
     with_inf = quantize_unchecked(jnp.asarray(x), axis, global_amax=1e-25)
     packed, scales, *_ = kernel(jnp.asarray(x), axis, with_inf.global_scale, interpret=True)
     np.testing.assert_array_equal(np.asarray(packed), np.asarray(with_inf.packed))
@@ -75,9 +75,9 @@ def test_global_scales_smaller_than_the_values_saturate(axis):
 @each_dtype
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_blocks_that_are_not_finite_become_nan_and_no_others(value, dtype, axis):
-    x = jnp.asarray(hostile("normal", (32, 32), dtype)).at[3, 5].set(value)
+    x = jnp.asarray(hostile("normal", (32, 80), dtype)).at[3, 5].set(value)
     _, scales, simulated, values = kernel(x, axis, jnp.float32(0.01), interpret=True)
-    hit = np.zeros((32, 32), bool)
+    hit = np.zeros((32, 80), bool)
     hit[3, :16] = axis == 1
     hit[:16, 5] |= axis == 0
     np.testing.assert_array_equal(np.isnan(np.asarray(values, np.float32)), hit)
@@ -86,7 +86,7 @@ def test_blocks_that_are_not_finite_become_nan_and_no_others(value, dtype, axis)
 
 
 def test_a_global_scale_that_is_nan_makes_everything_nan():
-    x = jnp.asarray(hostile("normal", (16, 32), jnp.float32))
+    x = jnp.asarray(hostile("normal", (32, 80), jnp.float32))
     _, scales, simulated, values = kernel(x, 0, jnp.float32(np.nan), interpret=True)
     assert np.all(np.isnan(np.asarray(values))) and np.all(np.isnan(np.asarray(simulated)))
     assert np.all(np.asarray(scales) == 0x7F)
