@@ -1,0 +1,1 @@
+"""Pallas kernels for GPUs, on plain arrays; each has a plain form in JAX that callers use elsewhere."""
