@@ -11,15 +11,16 @@ import jaxfp4
 ROOT = Path(jaxfp4.__file__).parent
 LAYERS = {
     "formats": 0,
-    "tensors": 1,
-    "transform": 2,
-    "algorithms": 3,
-    "recipes": 3,
-    "models": 4,
-    "checkpoints": 4,
-    "reports": 4,
+    "kernels": 1,
+    "tensors": 2,
+    "transform": 3,
+    "algorithms": 4,
+    "recipes": 4,
+    "models": 5,
+    "checkpoints": 5,
+    "reports": 5,
 }
-TOP_LAYER = 5
+TOP_LAYER = 6
 """`jaxfp4/__init__.py`, the command line and every other module at the top."""
 
 MOST_LINES = 400

@@ -14,6 +14,7 @@ import enum
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxfp4.formats import BLOCK_SIZE, fp8, nvfp4
+from jaxfp4.kernels.decoding import HIGH, LOW, SCALES, decode_words
 
 _PAIRS = BLOCK_SIZE // 2
 _SCALE_FACTOR = 2.0**119
@@ -60,17 +62,29 @@ TILES: Mapping[int, Tiles] = {
     32: Tiles(columns=128, depth=128, warps=4, stages=3, programs=256),
     64: Tiles(columns=128, depth=64, warps=4, stages=3, programs=256),
 }
-"""By the most rows that they are for."""
+"""For weights whose contraction is their first axis, by the most rows that they are for."""
 
-MOST_ROWS = max(TILES)
+TILES_CONTRACTION_LAST: Mapping[int, Tiles] = {
+    16: Tiles(columns=128, depth=128, warps=4, stages=3, programs=256, form=Form.WEIGHT_RIGHT),
+    32: Tiles(columns=128, depth=128, warps=4, stages=3, programs=256, form=Form.WEIGHT_RIGHT),
+    64: Tiles(columns=128, depth=64, warps=4, stages=3, programs=256, form=Form.WEIGHT_RIGHT),
+}
+"""For weights whose contraction is their last axis."""
 
 
-def tiles_for(rows: int) -> Tiles:
-    """The entry of `TILES` for so many rows; ValueError if there are too many."""
-    for most, tiles in sorted(TILES.items()):
+def most_rows(contraction_last: bool) -> int:
+    """The most rows of x for which there are tiles."""
+    return max(TILES_CONTRACTION_LAST if contraction_last else TILES)
+
+
+def tiles_for(rows: int, contraction_last: bool) -> Tiles:
+    """The tiles for so many rows; ValueError if there are too many."""
+    for most, tiles in sorted((TILES_CONTRACTION_LAST if contraction_last else TILES).items()):
         if rows <= most:
             return tiles
-    raise ValueError(f"x has {rows} rows: wanted at most {MOST_ROWS}; multiply larger batches by the dequantized weight")
+    raise ValueError(
+        f"x has {rows} rows: wanted at most {most_rows(contraction_last)}; multiply more by the dequantized weight"
+    )
 
 
 def packed_matmul(
@@ -92,10 +106,10 @@ def packed_matmul(
     range of normal float32 numbers. A NaN scale, in a block or global, gives NaN in the columns that it is for; NaN or
     Inf in `x` goes through the row. Results do not depend on the run: parts are summed in a fixed order.
 
-    `x` is `[M, K]`, bfloat16, float16 or float32 (exactly, as two or three bfloat16 parts), with at most `MOST_ROWS`
-    rows. `packed` is uint8 `[K/2, N]`, the even value in the low nibble, `scales` uint8 E4M3 codes `[K/16, N]`; with
-    `contraction_last` `[N, K/2]` and `[N, K/16]`. `global_scale` is a float32 scalar. Or all have a leading axis
-    of E experts, `global_scale` `[E]`. K is a multiple of 16. The result is `[M, N]` or `[E, M, N]`.
+    `x` is `[M, K]`, bfloat16, float16 or float32 (exactly, as two or three bfloat16 parts), of at most `most_rows`
+    rows. `packed` is uint8 `[K/2, N]`, the even value in the low nibble, `scales` uint8 E4M3 codes `[K/16, N]`;
+    with `contraction_last` `[N, K/2]` and `[N, K/16]`. `global_scale` is a float32 scalar. Or all have a leading
+    axis of E experts, `global_scale` `[E]`. K is a multiple of 16. The result is `[M, N]` or `[E, M, N]`.
     """
     if x.ndim == 2:
         stacked = (a[None] for a in (x, packed, scales, jnp.asarray(global_scale).reshape(())))
@@ -183,18 +197,18 @@ def _problem(
     if length % BLOCK_SIZE or found != wanted:
         raise ValueError(
             f"packed, scales and global_scale of shapes {found} for x of shape {x.shape}: wanted {wanted} and a "
-            f"contraction that is a multiple of {BLOCK_SIZE}; pad x and the weight, or multiply by the dequantized weight"
+            f"contraction that is a multiple of {BLOCK_SIZE}; multiply by the dequantized weight instead"
         )
     if packed.dtype != jnp.uint8 or scales.dtype != jnp.uint8:
         raise ValueError(f"packed is {packed.dtype}, scales {scales.dtype}: wanted uint8; pass the bits of E4M3 scales")
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"x is {x.dtype}: wanted bfloat16, float16 or float32; cast it")
-    limit = tiles_for(rows) if tiles is None else tiles
+    limit = tiles_for(rows, contraction_last) if tiles is None else tiles
     return _Problem(experts, rows, columns, length, contraction_last, limit, interpret)
 
 
 def _kernel(
-    problem: _Problem, x_ref: Array, packed_ref: Array, scales_ref: Array, factor_ref: Array, one_ref: Array, out: Array
+    problem: _Problem, x_ref: Any, packed_ref: Any, scales_ref: Any, factor_ref: Any, one_ref: Any, out: Any
 ) -> None:
     """One program: a tile of columns, a part of the contraction."""
     tiles = problem.tiles
@@ -222,7 +236,7 @@ def _kernel(
     triton.store(place, result.astype(out.dtype), mask=inside)
 
 
-def _load_rows(problem: _Problem, x_ref: Array, expert: Array, tile: Array) -> Array:
+def _load_rows(problem: _Problem, x_ref: Any, expert: Array, tile: Array) -> Array:
     """A tile of x; zero outside."""
     depth = problem.tiles.depth
     shape = (problem.row_tile, depth)
@@ -237,7 +251,7 @@ def _load_rows(problem: _Problem, x_ref: Array, expert: Array, tile: Array) -> A
 
 
 def _load_weight(
-    problem: _Problem, packed_ref: Array, scales_ref: Array, expert: Array, tile: Array, column: Array
+    problem: _Problem, packed_ref: Any, scales_ref: Any, expert: Array, tile: Array, column: Array
 ) -> tuple[Array, Array]:
     """Tiles of the codes and the block scales; zero outside."""
     blocks, columns = problem.tiles.depth // BLOCK_SIZE, problem.tiles.columns
@@ -261,7 +275,7 @@ def _ragged(problem: _Problem) -> bool:
     return problem.length != problem.steps * problem.splits * problem.tiles.depth
 
 
-def _load(ref: Array, mask: Array | None) -> Array:
+def _load(ref: Any, mask: Array | None) -> Array:
     return triton.load(ref) if mask is None else triton.load(ref, mask=mask, other=0)
 
 
@@ -275,21 +289,26 @@ def _over_pairs(problem: _Problem, values: Array) -> Array:
 def _scale_values(problem: _Problem, codes: Array, factor: Array) -> Array:
     """bfloat16 `scale * 2^119`, or the scale itself where values are decoded to theirs, for each pair of codes.
 
-    The factor is an operand of the kernel, not a constant, because Triton then leaves the decoding in the layout in
-    which the codes are loaded, 16 bytes a thread; else it would load single bytes where the product wants them.
+    The factor is an operand of the kernel, not a constant, where columns lie together in memory: Triton then decodes in
+    the layout in which the codes are loaded, 16 bytes a thread, and moves the values to where the product wants them.
+    With a constant it loads the codes in the latter layout, which is as fast only if the contraction lies together.
     """
     if problem.interpret:
         return _over_pairs(problem, fp8.decode(codes).astype(jnp.bfloat16))
-    scales = _words(_SCALES, [codes])
+    scales = decode_words(SCALES, [codes])
+    if problem.contraction_last:
+        return _over_pairs(problem, scales * jnp.bfloat16(_SCALE_FACTOR))
     return _over_pairs(problem, (scales.astype(jnp.float32) * factor).astype(jnp.bfloat16))
 
 
 def _decode(problem: _Problem, codes: Array, scales: Array) -> tuple[Array, Array]:
     """bfloat16 `e2m1 * scale * 2^-7` of the low and of the high nibbles, blocks and pairs joined."""
     if problem.interpret:  # inline assembly has no interpreter
-        values = (nvfp4.decode_values(c) * (scales.astype(jnp.float32) / _SUM_FACTOR) for c in (codes & 0xF, codes >> 4))
+        values = (
+            nvfp4.decode_values(c) * (scales.astype(jnp.float32) / _SUM_FACTOR) for c in (codes & 0xF, codes >> 4)
+        )
     else:
-        values = (_words(text, [codes, scales]) for text in (_LOW, _HIGH))
+        values = (decode_words(text, [codes, scales]) for text in (LOW, HIGH))
     last = problem.contraction_last
     shape = (codes.shape[0], -1) if last else (-1, codes.shape[2])
     even, odd = (v.astype(jnp.bfloat16).reshape(shape) for v in values)
@@ -305,12 +324,10 @@ def _zeros(problem: _Problem) -> tuple[Array, ...]:
     return (jnp.zeros(shape, jnp.float32),)
 
 
-def _accumulate(
-    problem: _Problem, sums: tuple[Array, ...], rows: Array, even: Array, odd: Array
-) -> tuple[Array, ...]:
+def _accumulate(problem: _Problem, sums: tuple[Array, ...], rows: Array, even: Array, odd: Array) -> tuple[Array, ...]:
     """The sums with the products of a tile added."""
     if problem.tiles.form is Form.VECTOR:
-        return tuple(s + _row_products(problem, rows, r, even, odd) for r, s in enumerate(sums))
+        return tuple(_add_row(problem, s, rows, r, even, odd) for r, s in enumerate(sums))
     (total,) = sums
     for piece in _bfloat16_parts(rows):
         for x, w in zip(_even_and_odd(piece), (even, odd), strict=True):
@@ -319,15 +336,14 @@ def _accumulate(
     return (total,)
 
 
-def _row_products(problem: _Problem, rows: Array, row: int, even: Array, odd: Array) -> Array:
-    """Products of one row with a tile, those of the two values of a pair added."""
+def _add_row(problem: _Problem, total: Array, rows: Array, row: int, even: Array, odd: Array) -> Array:
+    """`total` with the products of one row with a tile added, those of the two values of a pair in one place."""
     chosen = lax.broadcasted_iota(jnp.int32, rows.shape, 0) == row
     x = jnp.sum(jnp.where(chosen, rows.astype(jnp.float32), 0), 0)
     shape = (1, -1) if problem.contraction_last else (-1, 1)
-    products = (
-        v.reshape(shape) * w.astype(jnp.float32) for v, w in zip(_even_and_odd(x[None]), (even, odd), strict=True)
-    )
-    return next(products) + next(products)
+    for values, w in zip(_even_and_odd(x[None]), (even, odd), strict=True):
+        total = total + values.reshape(shape) * w.astype(jnp.float32)
+    return total
 
 
 def _even_and_odd(x: Array) -> tuple[Array, Array]:
@@ -357,39 +373,3 @@ def _result(problem: _Problem, sums: tuple[Array, ...]) -> Array:
     for row, total in enumerate(totals):
         result = jnp.where(place == row, total, result)
     return result
-
-
-def _assembly(pair: str, *, before: str = "", operands: bool = False) -> str:
-    """PTX for four bytes in register $2; `pair` makes two bfloat16 of `p`, two of the bytes, each twice in its half."""
-    lines = [".reg .b32 p, a, b;", before]
-    for result, scale, bytes_of_pair in (("$0", "$3", "0x1100"), ("$1", "$4", "0x3322")):
-        lines.append(f"prmt.b32 p, $2, 0, {bytes_of_pair};")
-        lines.append(pair.replace("RESULT", result).replace("SCALE", scale if operands else ""))
-    return "{" + "\n".join(lines) + "}"
-
-
-_LOW = _assembly(
-    # Without carries, times 2^6 + 2^12 moves the code to where its value is and to where its sign is.
-    "and.b32 a, p, 0x000F000F; mul.lo.u32 a, a, 0x1040; and.b32 a, a, 0x81C081C0; mul.bf16x2 RESULT, a, SCALE;",
-    operands=True,
-)
-_HIGH = _assembly(
-    "shl.b32 a, p, 2; and.b32 a, a, 0x01C001C0; and.b32 b, p, 0x80008000; or.b32 a, a, b; mul.bf16x2 RESULT, a, SCALE;",
-    operands=True,
-)
-_SCALES = _assembly(
-    # Exponent and mantissa at bits 10 to 4 are the scale times 2^-120. The code of NaN is 480 so far, all ones then.
-    "shl.b32 a, p, 4; and.b32 a, a, 0x07F007F0; mul.bf16x2 a, a, up; set.gt.u32.bf16x2 b, a, most;"
-    "and.b32 p, p, 0x80008000; or.b32 a, a, b; or.b32 RESULT, a, p;",
-    before=".reg .b32 up, most; mov.b32 up, 0x7B807B80; mov.b32 most, 0x43E043E0;",
-)
-
-
-def _words(text: str, arguments: list[Array]) -> Array:
-    """bfloat16 of bytes, four at a time."""
-    constraints = ",".join(["=r", "=r", *(["r", "r,r"][: len(arguments)])])
-    result = jax.ShapeDtypeStruct(arguments[0].shape, jnp.bfloat16)
-    (values,) = triton.elementwise_inline_asm(
-        text, args=arguments, constraints=constraints, pack=4, result_shape_dtypes=[result]
-    )
-    return values
