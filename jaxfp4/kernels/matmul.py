@@ -232,7 +232,7 @@ def _kernel(
     inside = lax.broadcasted_iota(jnp.int32, shape, 0) < problem.rows
     if problem.columns % tiles.columns:
         inside &= column + lax.broadcasted_iota(jnp.int32, shape, 1) < problem.columns
-    place = out.at[expert, part, pl.ds(0, shape[0]), pl.ds(column, shape[1])]
+    place = out.at[expert, part, _first(shape[0], expert), pl.ds(column, shape[1])]
     triton.store(place, result.astype(out.dtype), mask=inside)
 
 
@@ -247,7 +247,7 @@ def _load_rows(problem: _Problem, x_ref: Any, expert: Array, tile: Array) -> Arr
     if _ragged(problem):
         inside = start + lax.broadcasted_iota(jnp.int32, shape, 1) < problem.length
         mask = inside if mask is None else mask & inside
-    return _load(x_ref.at[expert, pl.ds(0, shape[0]), pl.ds(start, depth)], mask)
+    return _load(x_ref.at[expert, _first(shape[0], expert), pl.ds(start, depth)], mask)
 
 
 def _load_weight(
@@ -273,6 +273,11 @@ def _load_weight(
 def _ragged(problem: _Problem) -> bool:
     """Whether the last tile along the contraction reaches beyond it."""
     return problem.length != problem.steps * problem.splits * problem.tiles.depth
+
+
+def _first(size: int, traced: Array) -> Any:
+    """The first entries, maybe more than there are: JAX refuses a slice that it can see to be too long."""
+    return pl.ds(traced * 0, size)
 
 
 def _load(ref: Any, mask: Array | None) -> Array:
