@@ -11,13 +11,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxfp4.algorithms.inputs import leaves_for, marks_for, tracked_inputs
+from jaxfp4.algorithms.packed_product import packed_product
 from jaxfp4.recipes.plan import Plan, Scheme
 from jaxfp4.tensors.cache_rounding import fake_quantize_cache
 from jaxfp4.tensors.fp8_tensor import fake_quantize_fp8
+from jaxfp4.tensors.mesh import on_one_device
 from jaxfp4.tensors.quantize import fake_quantize, fake_quantize_with_scale
 from jaxfp4.transform.evaluate import evaluate
 from jaxfp4.transform.marks import Mark
-from jaxfp4.transform.scope import Hooks
+from jaxfp4.transform.scope import Hooks, original_product
 from jaxfp4.transform.sites import Meeting, Tracked, along
 from jaxfp4.transform.trace import ApplyFn, trace
 
@@ -29,6 +31,10 @@ def quantized(apply_fn: ApplyFn, plan: Plan) -> Callable[..., Any]:
     contraction with the calibrated input scale and dequantized before the product, with a straight-through gradient;
     without input scale a weight takes the amax of the activation at hand. Keys and values are quantized where they
     are marked, as the recipe's `kv_cache` says. Nothing else changes.
+
+    On an NVIDIA GPU a large NVFP4 weight that meets few rows is read as it is packed, if all arrays are known to be on
+    one device: `jaxfp4.kernels.matmul.packed_matmul`, which does not round the weight to the parameter's dtype.
+    Derivatives are those with the dequantized weight.
     """
     schemes = {entry.weight.leaf: entry.scheme for entry in plan.quantized}
 
@@ -40,18 +46,22 @@ def quantized(apply_fn: ApplyFn, plan: Plan) -> Callable[..., Any]:
             return activation
         return quantize_activation(activation, meeting.activation_dimensions, meeting.weight.scale("input_scale"))
 
-    @jax.jit
-    def quantized_fn(qparams: Any, *args: Any) -> Any:
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(one_device: bool, qparams: Any, *args: Any) -> Any:
         leaves = leaves_for(plan, qparams)
         traced = trace(apply_fn, leaves, args)
         inputs = [*tracked_inputs(plan, leaves, plan.quantized), *jax.tree.leaves(args)]
         hooks = Hooks(
             replace_activation=replace_activation,
+            multiply=packed_product if one_device else original_product,
             marks=marks_for(plan, leaves, traced.body),
             replace_marked=functools.partial(_quantize_marked, plan),
         )
         results, _ = evaluate(traced.body, inputs, hooks)
         return jax.tree.unflatten(traced.out_tree, results)
+
+    def quantized_fn(qparams: Any, *args: Any) -> Any:
+        return run(on_one_device((qparams, args)), qparams, *args)
 
     return quantized_fn
 

@@ -1,1 +1,1 @@
-"""Pallas kernels for GPUs, each with the results of the plain JAX functions of the layer above, bit for bit."""
+"""Pallas kernels for NVIDIA GPUs, behind functions that give the same results in plain JAX."""

@@ -208,3 +208,11 @@ def replicated_beside(small: Any, large: Any) -> Any:
     leaves = [x for x in jax.tree.leaves(large) if isinstance(x, Array) and not isinstance(x, jax.core.Tracer)]
     layout = next((found for found in map(layout_of, leaves) if found is not None), None)
     return small if layout is None else jax.device_put(small, NamedSharding(layout.mesh, PartitionSpec()))
+
+
+def on_one_device(tree: Any) -> bool:
+    """Whether all arrays of a tree are known to be on one device; traced ones are only where there is no other."""
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, Array)]
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        return jax.device_count() == 1
+    return all(len(x.sharding.device_set) == 1 for x in arrays)

@@ -33,12 +33,20 @@ def original_value(mark: Mark, weight: Tracked, value: Array) -> Array:
     return value
 
 
+def original_product(meeting: Meeting, activation: Array, eqn: JaxprEqn) -> Array | None:
+    """None: the product as the model computed it."""
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Hooks:
     """What to do where a planned weight meets an activation, and where a value that it makes is marked."""
 
     replace_activation: Callable[[Meeting], Array] = original_activation
     """The activation to contract with in place of the original."""
+
+    multiply: Callable[[Meeting, Array, JaxprEqn], Array | None] = original_product
+    """The result of the contraction with the activation that the hook before has put in; None to contract arrays."""
 
     statistics: Mapping[int, Statistic] = dataclasses.field(default_factory=dict)
     """By leaf, what to observe of the original activations that the weight meets."""
@@ -130,17 +138,21 @@ class Scope:
     def contraction(self, eqn: JaxprEqn, operands: list[Value], weight: int) -> list[Array]:
         """A contraction of a tracked weight, hooks applied if it is one that can be quantized."""
         tracked, contraction = operands[weight], contraction_with(eqn, weight)
-        arrays = [self.array(v) for v in operands]
+        others = {i: self.array(v) for i, v in enumerate(operands) if i != weight}
         if isinstance(tracked, Tracked) and not isinstance(contraction, str):
             roles = axis_roles(tracked.view, contraction.weight_contracted, contraction.weight_stacked, ())
             if not isinstance(roles, str):
-                groups = arrays[2] if len(arrays) > 2 else None
-                meeting = Meeting(tracked, contraction, arrays[1 - weight], groups)
+                groups = others.get(2)
+                meeting = Meeting(tracked, contraction, others[1 - weight], groups)
                 self._contracted[self._path] = tracked
                 if meeting.leaf in self.hooks.statistics:
                     self.absorb({meeting.leaf: meeting.observe(self.hooks.statistics[meeting.leaf])})
-                arrays[1 - weight] = self.hooks.replace_activation(meeting)
-        return jaxprs.bind(eqn, arrays)
+                others[1 - weight] = self.hooks.replace_activation(meeting)
+                product = self.hooks.multiply(meeting, others[1 - weight], eqn)
+                if product is not None:
+                    return [product]
+        others[weight] = self.array(tracked)
+        return jaxprs.bind(eqn, [others[i] for i in range(len(operands))])
 
     def marked(self, eqn: JaxprEqn, value: Array) -> list[Array]:
         """A marked value, observed and replaced."""
