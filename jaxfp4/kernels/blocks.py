@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxfp4.formats import BLOCK_SIZE
+from jaxfp4.kernels.calls import call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +114,12 @@ def visit(
             access.store(ref, result)
 
     varying = jax.typeof(inputs[0]).manual_axis_type
-    results = pl.pallas_call(
+    results = call(
         kernel,
+        warps=launch.warps,
+        interpret=interpret,
         grid=(rows * columns,),
         out_shape=[jax.ShapeDtypeStruct(shape(part.entries), part.dtype, manual_axis_type=varying) for part in parts],
-        compiler_params=triton.CompilerParams(num_warps=launch.warps),
-        interpret=interpret,
     )(constants, *(x.reshape(shape(x.shape[2])) for x in inputs))
     outer_shape = (geometry.outer, geometry.blocks)
     return [r.reshape(*outer_shape, p.entries, geometry.inner) for r, p in zip(results, parts, strict=True)]

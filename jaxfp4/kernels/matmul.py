@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxfp4.formats import BLOCK_SIZE, fp8, nvfp4
+from jaxfp4.kernels.calls import call
 from jaxfp4.kernels.decoding import HIGH, LOW, SCALES, decode_words
 
 _PAIRS = BLOCK_SIZE // 2
@@ -121,15 +122,16 @@ def packed_matmul(
     factor = global_scale * _SUM_FACTOR
     blocks = packed.reshape(problem.packed_shape)
     constant = jnp.full((1,), _SCALE_FACTOR, jnp.float32)
-    parts = pl.pallas_call(
+    parts = call(
         functools.partial(_kernel, problem),
+        warps=problem.tiles.warps,
+        stages=problem.tiles.stages,
+        interpret=interpret,
         grid=(problem.column_tiles * problem.splits, problem.experts),
         out_shape=jax.ShapeDtypeStruct(
             (problem.experts, problem.splits, problem.rows, problem.columns),
             jnp.float32 if problem.splits > 1 else out_dtype,
         ),
-        compiler_params=triton.CompilerParams(num_warps=problem.tiles.warps, num_stages=problem.tiles.stages),
-        interpret=interpret,
         name="nvfp4_matmul",
     )(x, blocks, scales, factor, constant)
     if problem.splits == 1:

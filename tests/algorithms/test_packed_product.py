@@ -14,7 +14,6 @@ from jaxfp4.recipes import plan
 from .test_simulation import dequantized
 
 # From 0.12 on JAX warns that its Triton backend is going to be removed.
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 K, N, T = 64, 48, 3
 TILES = Tiles(columns=64, depth=64, warps=4, stages=2, programs=1)

@@ -14,7 +14,6 @@ from jaxfp4.kernels import decoding
 from jaxfp4.kernels.matmul import TILES, TILES_CONTRACTION_LAST, Form, Tiles, packed_matmul
 
 # From 0.12 on JAX warns that its Triton backend is going to be removed.
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 SMALL = {form: Tiles(columns=32, depth=64, warps=4, stages=2, programs=6, form=form) for form in Form}
 NAN = 0x7F

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas
 
+from jaxfp4.formats import exact, nvfp4
 from jaxfp4.kernels.blocks import Geometry, Launch
+from jaxfp4.kernels.calls import call
 from jaxfp4.kernels.quantize import Tuning, dequantize_blocks, fake_quantize_blocks, max_scales, quantize_blocks
 from jaxfp4.kernels.rounding import EMULATED, PTX, Coder, Prepared, Scales
 from jaxfp4.tensors.quantize import fake_quantize_with_scale, quantize_unchecked
@@ -144,8 +147,6 @@ def test_every_mantissa_of_the_divisor_divides_exactly(dtype):
 
 def count_wrong_codes(start, dtype):
     """Of the divisors whose mantissas are `start` and the next 2^20 - 1."""
-    from jaxfp4.formats import exact, nvfp4
-
     mantissa = start + jnp.arange(1 << 20, dtype=jnp.uint32)
     global_scale = exact.as_float(mantissa | jnp.uint32(127 << 23))
     wrong = jnp.int32(0)
@@ -162,25 +163,25 @@ def count_wrong_codes(start, dtype):
 
 def encode_in_kernel(x, global_scale, dtype):
     """The codes of values each under its own global scale and block scale 1."""
-    from jax.experimental import pallas as pl
 
     def body(x_ref, scale_ref, out_ref):
         prepared = Prepared.of(scale_ref[...])
-        scales = Scales(jnp.full(prepared.unit.shape, 0x38, jnp.uint32), jnp.ones(prepared.unit.shape, jnp.float32))
+        shape = prepared.unit.shape
+        scales = Scales(jnp.full(shape, 0x38, jnp.uint32), jnp.ones(shape, jnp.float32))
         coder = Coder.of(scales, prepared, PTX, dtype)
         out_ref[...] = (coder.encode(jax.lax.bitcast_convert_type(x_ref[...], jnp.uint32)) & 15).astype(jnp.uint8)
 
-    from jax.experimental.pallas import triton
-
-    spec = pl.BlockSpec((1024,), lambda i: (i,))
-    return pl.pallas_call(
+    spec = pallas.BlockSpec((1024,), lambda i: (i,))
+    run = call(
         body,
+        warps=4,
+        interpret=False,
         grid=(x.size // 1024,),
         in_specs=[spec, spec],
         out_specs=spec,
         out_shape=jax.ShapeDtypeStruct(x.shape, jnp.uint8),
-        compiler_params=triton.CompilerParams(num_warps=4),
-    )(x, global_scale)
+    )
+    return run(x, global_scale)
 
 
 def test_emulated_residuals_are_exact():
