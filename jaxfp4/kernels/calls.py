@@ -15,8 +15,8 @@ def call(
 ) -> Callable[..., Any]:
     """`pallas.pallas_call` of a Triton kernel.
 
-    From version 0.11 JAX says of every one that Triton may go from Pallas one day. That is nothing to tell users of this
-    package, whose GPU code has plain JAX behind it, nor a reason to fail where they turn warnings into errors.
+    From version 0.11 JAX warns of each that Triton will leave Pallas. Users of this package can do nothing about it,
+    and where they turn warnings into errors it must not fail: every kernel has plain JAX behind it.
     """
     if not interpret:
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)

@@ -2,10 +2,9 @@
 
 A value is divided by its block's scale with one multiplication by the reciprocal and a Newton step. The step leaves an
 error of 2^-44, which is less than the distance of any quotient of a 16-bit float from a border between codes, but for
-one: of a power of two by a divisor whose mantissa is all ones. There the error's sign decides, and a reciprocal that is
-too large gives it the right one. For float32 a second step gives the IEEE quotient (Markstein, IBM Journal of Research
-and Development 34, 1990). The quotient is then rounded by adding a power of two whose last place is a step of the
-format.
+a divisor whose mantissa is all ones and a power of two: it is divided by the float below, with which the borders are
+the same. For float32 a second step gives the IEEE quotient (Markstein, IBM Journal of Research and Development 34,
+1990). The quotient is then rounded by adding a power of two whose last place is a step of the format.
 """
 
 from __future__ import annotations
@@ -22,14 +21,13 @@ from jax.experimental.pallas import triton
 
 from jaxfp4.formats import exact, fp8
 from jaxfp4.formats.minifloat import E2M1, E4M3
+from jaxfp4.formats.thresholds import least_nonzero
 
 _MANTISSA_BITS = 23
+_MANTISSA = (1 << _MANTISSA_BITS) - 1
 _BIAS = 127
-_UNDERFLOW = 150
-"""A float32 quotient of at most 2^-150 is zero."""
 _INFINITY = 0x7F800000
 _NEGATIVE = 1 << 31
-_INTEGERS = 2.0**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +123,7 @@ class Prepared(NamedTuple):
             divisor,
             reciprocal,
             six_inverse,
-            exact.as_float(_least_nonzero(six)),
+            exact.as_float(least_nonzero(six)),
             is_finite.astype(jnp.float32),
         )
 
@@ -142,14 +140,6 @@ def _nearest_reciprocal(guess: Array, divisor: Array) -> Array:
     for candidate, error in zip(candidates[1:], errors[1:], strict=True):
         best, least = jnp.where(error < least, candidate, best), jnp.minimum(error, least)
     return best
-
-
-def _least_nonzero(divisor: Array) -> Array:
-    """The smallest bits, uint32, of a magnitude whose float32 quotient by the divisor is not zero."""
-    normal = exact.as_bits(divisor) - jnp.uint32(_UNDERFLOW << _MANTISSA_BITS)
-    # Below 2^24 times the smallest subnormal, which is an integer number of them.
-    subnormal = (jnp.minimum(divisor, _INTEGERS) * 0.5).astype(jnp.int32).astype(jnp.uint32)
-    return jnp.where(divisor >= _INTEGERS, normal, subnormal) + 1
 
 
 class Scales(NamedTuple):
@@ -209,9 +199,9 @@ class Coder:
     value: Array
     """`scale * global_scale`, NaN for a block that is not finite."""
     divisor: Array
-    """Eight times the same in the tensor's unit, a number for any block."""
+    """Eight times the same in the tensor's unit, or what gives the same codes; a number for any block."""
     reciprocal: Array
-    """`1 / divisor`, a little more than that for 16-bit floats."""
+    """`1 / divisor`, for 16-bit floats almost."""
     to_units: Array
     least_negative: Array
     """The bits from which a negative float32 keeps its sign; those below underflow to code 0."""
@@ -224,13 +214,15 @@ class Coder:
         divisor = scales.values * (prepared.unit * _LARGEST)
         steps = 2 if jnp.dtype(dtype) == jnp.float32 else 1
         if steps == 1:
+            bits = exact.as_bits(divisor)
+            all_ones = (bits & jnp.uint32(_MANTISSA)) == _MANTISSA
+            divisor = exact.as_float(jnp.where(all_ones, bits - 1, bits))
             guess = arithmetic.estimate(divisor)
-            near = guess + arithmetic.residual(jnp.ones_like(divisor), guess, divisor) * guess
-            reciprocal = exact.as_float(exact.as_bits(near) + 1)
+            reciprocal = guess + arithmetic.residual(jnp.ones_like(divisor), guess, divisor) * guess
         else:
             reciprocal = arithmetic.reciprocal(divisor)
         value = scales.values * prepared.global_scale
-        least = _least_nonzero(scales.values * jnp.where(prepared.is_finite > 0, prepared.global_scale, 1.0))
+        least = least_nonzero(scales.values * jnp.where(prepared.is_finite > 0, prepared.global_scale, 1.0))
         value = jnp.where(scales.codes == fp8.NAN, jnp.nan, value)
         return cls(value, divisor, reciprocal, prepared.to_units, least | jnp.uint32(_NEGATIVE), arithmetic, steps)
 

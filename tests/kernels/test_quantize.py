@@ -30,7 +30,7 @@ def geometry_of(shape, axis):
 
 @functools.partial(jax.jit, static_argnames=("axis", "interpret"))
 def kernel(x, axis, global_scale, *, interpret):
-    """Packed codes, block scales, the simulated and the dequantized values, as `quantize` and `dequantize` shape them."""
+    """Packed codes, block scales, simulated and dequantized values, as `quantize` and `dequantize` shape them."""
     geometry = geometry_of(x.shape, axis)
     blocks = x.reshape(1, geometry.blocks, 16, geometry.inner)
     scale = jnp.reshape(global_scale, 1)
