@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.experimental import pallas
 
-from jaxfp4.formats import exact, nvfp4
+from jaxfp4.formats import exact
+from jaxfp4.formats.thresholds import code_thresholds
 from jaxfp4.kernels.blocks import Geometry, Launch
 from jaxfp4.kernels.calls import call
 from jaxfp4.kernels.quantize import Tuning, dequantize_blocks, fake_quantize_blocks, max_scales, quantize_blocks
@@ -135,53 +136,65 @@ def test_compiled_kernels_give_the_bytes_of_the_cpu(kind, dtype, axis):
     check_against_plain(hostile(kind, (512, 768), dtype), axis, run)
 
 
-@pytest.mark.gpu
+MANTISSAS = 1 << 23
+AT_A_TIME = 1 << 18
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
 def test_every_mantissa_of_the_divisor_divides_exactly(dtype):
-    """For each of the 2^23 the values nearest to each border between codes, against the exact thresholds."""
+    """For each the two values that are nearest to each border between codes, against the exact thresholds."""
+    run = jax.jit(functools.partial(count_wrong_codes, dtype=dtype, encode=encode_emulated))
+    assert sum(int(run(np.uint32(start))) for start in range(0, MANTISSAS, AT_A_TIME)) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+def test_every_mantissa_of_the_divisor_divides_exactly_on_the_gpu(dtype):
+    run = jax.jit(functools.partial(count_wrong_codes, dtype=dtype, encode=encode_in_kernel))
     device = jax.devices()[0]
-    check = jax.jit(functools.partial(count_wrong_codes, dtype=dtype))
-    wrong = sum(int(check(jax.device_put(np.uint32(start), device))) for start in range(0, 1 << 23, 1 << 20))
-    assert wrong == 0
+    starts = [jax.device_put(np.uint32(start), device) for start in range(0, MANTISSAS, AT_A_TIME)]
+    assert sum(int(wrong) for wrong in map(run, starts)) == 0
 
 
-def count_wrong_codes(start, dtype):
-    """Of the divisors whose mantissas are `start` and the next 2^20 - 1."""
-    mantissa = start + jnp.arange(1 << 20, dtype=jnp.uint32)
-    global_scale = exact.as_float(mantissa | jnp.uint32(127 << 23))
+def count_wrong_codes(start, dtype, encode):
+    """Of the divisors in [1, 2) whose mantissas begin with `start`."""
+    divisor = exact.as_float((start + jnp.arange(AT_A_TIME, dtype=jnp.uint32)) | jnp.uint32(127 << 23))
+    reached = code_thresholds(divisor).reached
+    step = jnp.uint32(1 << (23 - jnp.finfo(dtype).nmant))
     wrong = jnp.int32(0)
     for border in (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0):
-        middle = exact.as_bits(exact.cast(global_scale * border, dtype).astype(jnp.float32))
-        step = jnp.uint32(1 << (23 - jnp.finfo(dtype).nmant))
-        for offset in (-1, 0, 1):
-            x = exact.as_float(middle + jnp.uint32(offset % 2**32) * step)
-            wanted = nvfp4.encode_values(x, jnp.float32(1), global_scale)
-            found = encode_in_kernel(x, global_scale, dtype)
-            wrong += jnp.sum(found != wanted)
+        below = exact.as_bits(divisor * border) & jnp.uint32((1 << 32) - int(step))
+        for bits in (below, below + step):
+            wanted = sum((bits >= least).astype(jnp.uint32) for least in reached)
+            wrong += jnp.sum(encode(bits, divisor, dtype) != wanted)
     return wrong
 
 
-def encode_in_kernel(x, global_scale, dtype):
+def codes_under(bits, divisor, dtype, arithmetic):
     """The codes of values each under its own global scale and block scale 1."""
+    scales = Scales(jnp.full(bits.shape, 0x38, jnp.uint32), jnp.ones(bits.shape, jnp.float32))
+    return Coder.of(scales, Prepared.of(divisor), arithmetic, dtype).encode(bits) & 15
 
-    def body(x_ref, scale_ref, out_ref):
-        prepared = Prepared.of(scale_ref[...])
-        shape = prepared.unit.shape
-        scales = Scales(jnp.full(shape, 0x38, jnp.uint32), jnp.ones(shape, jnp.float32))
-        coder = Coder.of(scales, prepared, PTX, dtype)
-        out_ref[...] = (coder.encode(jax.lax.bitcast_convert_type(x_ref[...], jnp.uint32)) & 15).astype(jnp.uint8)
+
+def encode_emulated(bits, divisor, dtype):
+    return codes_under(bits, divisor, dtype, EMULATED)
+
+
+def encode_in_kernel(bits, divisor, dtype):
+    def body(bits_ref, divisor_ref, out_ref):
+        out_ref[...] = codes_under(bits_ref[...], divisor_ref[...], dtype, PTX)
 
     spec = pallas.BlockSpec((1024,), lambda i: (i,))
     run = call(
         body,
         warps=4,
         interpret=False,
-        grid=(x.size // 1024,),
+        grid=(bits.size // 1024,),
         in_specs=[spec, spec],
         out_specs=spec,
-        out_shape=jax.ShapeDtypeStruct(x.shape, jnp.uint8),
+        out_shape=jax.ShapeDtypeStruct(bits.shape, jnp.uint32),
     )
-    return run(x, global_scale)
+    return run(bits, divisor)
 
 
 def test_emulated_residuals_are_exact():
