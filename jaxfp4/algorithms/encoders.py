@@ -10,6 +10,7 @@ from jaxfp4.algorithms.four_over_six import four_over_six_scales
 from jaxfp4.algorithms.gptq_encoder import GptqEncoder
 from jaxfp4.algorithms.local_hessian import local_hessian_scales
 from jaxfp4.algorithms.mse import mse_scales
+from jaxfp4.kernels import search
 from jaxfp4.recipes.methods import FourOverSix, Gptq, LocalHessian, Max, Method, Mse, WeightedMse
 from jaxfp4.tensors.accelerated import MAX, Kernel
 from jaxfp4.tensors.quantize import ChooseScales, Encoder, RoundToNearest, max_scales
@@ -50,5 +51,9 @@ _CHOICES: Mapping[type, ChooseScales] = {
     LocalHessian: _local_hessian,
 }
 
-_KERNELS: Mapping[type, Kernel] = {Max: MAX}
+_KERNELS: Mapping[type, Kernel] = {
+    Max: MAX,
+    Mse: Kernel(search.mse_scales, search.TUNING),
+    FourOverSix: Kernel(search.four_over_six_scales, search.TUNING),
+}
 """The same on a GPU, where there is a kernel."""
