@@ -40,8 +40,9 @@ class Tuning:
         return self.minor if geometry.is_minor else self.strided
 
 
-ROUNDING = Tuning(minor=Launch(128, 4), strided=Launch(64, 1))
-DEQUANTIZING = Tuning(minor=Launch(128, 2), strided=Launch(128, 1))
+ROUNDING = Tuning(minor=Launch(64, 1), strided=Launch(128, 1))
+SIMULATING = Tuning(minor=Launch(64, 1), strided=Launch(64, 1))
+DEQUANTIZING = Tuning(minor=Launch(128, 4), strided=Launch(128, 2))
 
 
 def amax_bits(values: Values) -> Array:
@@ -92,7 +93,7 @@ def fake_quantize_blocks(x: Array, global_scale: Array, geometry: Geometry, *, i
         return (values.map(coder.round_trip),)
 
     constants, parts = Prepared.of(global_scale).stacked(), (Part(BLOCK_SIZE, x.dtype),)
-    return visit(body, [x], constants, geometry, parts, ROUNDING.launch(geometry), interpret=interpret)[0]
+    return visit(body, [x], constants, geometry, parts, SIMULATING.launch(geometry), interpret=interpret)[0]
 
 
 def dequantize_blocks(

@@ -20,7 +20,7 @@ from jaxfp4.kernels.blocks import Launch, Values
 from jaxfp4.kernels.quantize import MAGNITUDE, Context, Tuning, amax_bits
 from jaxfp4.kernels.rounding import Scales
 
-TUNING = Tuning(minor=Launch(64, 1), strided=Launch(64, 1))
+TUNING = Tuning(minor=Launch(16, 1), strided=Launch(32, 1))
 LARGEST_CODE = E4M3.sign_mask - 2
 OCTAVE = 8
 WITHOUT_HALF = 15
