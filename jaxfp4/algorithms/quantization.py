@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from jaxfp4.tensors import QuantizedWeight, global_amax, quantize_fp8, quantize_
 from jaxfp4.tensors.hadamard import hadamard
 
 
-def quantize_params(params: Any, plan: Plan, stats: Mapping[str, Any] | None = None) -> Any:
+def quantize_params(params: Any, plan: Plan, stats: Mapping[str, Any] | None = None, *, donate: bool = False) -> Any:
     """`params` with a `QuantizedWeight` in the place of each weight that the plan quantizes; same tree otherwise.
 
     Packed codes, block scales and global scales are the same bits for every sharding of `params`. Input scales come
@@ -33,21 +34,54 @@ def quantize_params(params: Any, plan: Plan, stats: Mapping[str, Any] | None = N
     scale of W4A4 activations from each activation as it comes. Weights keep their sharding and are quantized one after
     the other. Where the plan has channel scales to fold, other parameters change too, as `fold_channel_scales` says.
 
+    With `donate` each weight's memory is freed once it and its siblings are quantized, so that the peak is that of the
+    parameters and one group of siblings; `params` cannot be used afterwards, also after an error.
+
     Raises `LeafError` with the path of a weight that holds NaN or Inf, that is not as in the plan, or whose
-    statistics are missing or unusable. Under jit non-finite weights cannot be reported; they dequantize to NaN.
+    statistics are missing or unusable. Under jit non-finite weights cannot be reported; they dequantize to NaN. Raises
+    ValueError if weights that are traced are to be donated.
     """
     leaves = leaves_for(plan, params)
     used = None if stats is None else used_stats(plan, stats)
     values, used = folded(plan, dict(enumerate(leaves.values)), used)
-    quantized = quantize_weights(plan, {e.path: values[e.weight.leaf] for e in plan.quantized}, used)
+    release = _Release(leaves.values, values) if donate else None
+    quantized = quantize_weights(plan, {e.path: values[e.weight.leaf] for e in plan.quantized}, used, release)
     by_leaf = {e.weight.leaf: quantized[e.path] for e in plan.quantized}
     return leaves.rebuilt([by_leaf.get(i, value) for i, value in values.items()])
 
 
-def quantize_weights(plan: Plan, arrays: Mapping[str, Array], used: Stats | None) -> dict[str, QuantizedWeight]:
+class _Release:
+    """Frees weights that have been quantized."""
+
+    def __init__(self, leaves: Sequence[Any], values: Mapping[int, Any]) -> None:
+        """From the parameters' leaves, and the same by number as they are quantized."""
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            raise ValueError(
+                "donate=True under jit: wanted parameters that are not traced; leave it out and pass donate_argnums "
+                "to jax.jit"
+            )
+        self._leaves, self._values = leaves, values
+        self._uses = Counter(id(leaf) for leaf in leaves)
+
+    def __call__(self, group: Sequence[PlannedWeight]) -> None:
+        """Frees the weights of a group, except an array that is a leaf elsewhere too."""
+        for entry in group:
+            leaf = self._leaves[entry.weight.leaf]
+            for array in (leaf, self._values[entry.weight.leaf]):
+                if isinstance(array, Array) and self._uses[id(array)] < 2 and not array.is_deleted():
+                    array.delete()
+
+
+def quantize_weights(
+    plan: Plan,
+    arrays: Mapping[str, Array],
+    used: Stats | None,
+    release: Callable[[Sequence[PlannedWeight]], None] | None = None,
+) -> dict[str, QuantizedWeight]:
     """By path, the weights that the plan quantizes, from arrays by path and the statistics that the plan uses.
 
-    Channels are taken as they are; errors are those of `quantize_params`.
+    Channels are taken as they are; errors are those of `quantize_params`. `release` is called with each group of
+    siblings when their arrays are not needed any more.
     """
     scales, caches = input_scales(plan, used), cache_amaxes(plan, used)
     quantized: dict[str, QuantizedWeight] = {}
@@ -60,7 +94,14 @@ def quantize_weights(plan: Plan, arrays: Mapping[str, Array], used: Stats | None
             quantized[entry.path] = dataclasses.replace(
                 weight, input_scale=scales.get(entry.path), cache=caches.get(entry.path)
             )
-    _refuse_non_finite(arrays, {path: weight.weight.global_scale for path, weight in quantized.items()})
+        if release is not None:
+            done = {e.path: quantized[e.path] for e in group}
+            jax.block_until_ready(done)
+            _refuse_non_finite(arrays, done)
+            del rotated
+            release(group)
+    if release is None:
+        _refuse_non_finite(arrays, quantized)
     return quantized
 
 
@@ -107,8 +148,9 @@ def _sibling_groups(plan: Plan) -> list[tuple[PlannedWeight, ...]]:
     return groups
 
 
-def _refuse_non_finite(arrays: Mapping[str, Array], global_scales: Mapping[str, Array]) -> None:
-    """A global scale is NaN if its weight or a sibling is not finite; all are read at the end, so that none waits."""
+def _refuse_non_finite(arrays: Mapping[str, Array], quantized: Mapping[str, QuantizedWeight]) -> None:
+    """A global scale is NaN if its weight or a sibling is not finite; all are read together, so that none waits."""
+    global_scales = {path: weight.weight.global_scale for path, weight in quantized.items()}
     if any(isinstance(scale, jax.core.Tracer) for scale in global_scales.values()):
         return
     for path, scale in jax.device_get(global_scales).items():

@@ -82,7 +82,7 @@ Body = Callable[[Sequence[Any], Sequence[Array]], Sequence[Any]]
 def visit(
     body: Body,
     inputs: Sequence[Array],
-    constants: Array,
+    constants: Array | None,
     geometry: Geometry,
     parts: Sequence[Part],
     launch: Launch,
@@ -91,8 +91,8 @@ def visit(
 ) -> list[Array]:
     """`body` of all blocks.
 
-    Inputs and outputs are `[outer, blocks, entries, inner]`; `constants` is float32 `[outer, C]`, of which the body
-    gets the C scalars of its part. Inside a shard_map all of them vary over the same mesh axes.
+    Inputs and outputs are `[outer, blocks, entries, inner]`; `constants` is float32 `[outer, C]` or None, and the
+    body gets the C scalars of its part. Inside a shard_map all of them vary over the same mesh axes.
     """
     minor = geometry.is_minor
     rows = geometry.outer if minor else geometry.outer * geometry.blocks
@@ -103,14 +103,17 @@ def visit(
     def shape(entries: int) -> tuple[int, ...]:
         return (rows, length, entries) if minor else (rows, entries, length)
 
-    def kernel(constants_ref: Any, *refs: Any) -> None:
+    tables = [] if constants is None else [constants]
+
+    def kernel(*refs: Any) -> None:
+        constants_refs, array_refs = refs[: len(tables)], refs[len(tables) :]
         row, column = pl.program_id(0) // columns, pl.program_id(0) % columns
         outer = row if minor else row // geometry.blocks
         inside = None if length % width == 0 else column * width + jnp.arange(width) < length
         access = (_Minor if minor else _Strided)(row, pl.ds(column * width, width), inside)
-        tiles = [access.load(ref, x.shape[2]) for ref, x in zip(refs, inputs, strict=False)]
-        scalars = [constants_ref[outer, i] for i in range(constants.shape[1])]
-        for ref, result in zip(refs[len(inputs) :], body(tiles, scalars), strict=True):
+        tiles = [access.load(ref, x.shape[2]) for ref, x in zip(array_refs, inputs, strict=False)]
+        scalars = [ref[outer, i] for ref in constants_refs for i in range(ref.shape[1])]
+        for ref, result in zip(array_refs[len(inputs) :], body(tiles, scalars), strict=True):
             access.store(ref, result)
 
     varying = jax.typeof(inputs[0]).manual_axis_type
@@ -120,7 +123,7 @@ def visit(
         interpret=interpret,
         grid=(rows * columns,),
         out_shape=[jax.ShapeDtypeStruct(shape(part.entries), part.dtype, manual_axis_type=varying) for part in parts],
-    )(constants, *(x.reshape(shape(x.shape[2])) for x in inputs))
+    )(*tables, *(x.reshape(shape(x.shape[2])) for x in inputs))
     outer_shape = (geometry.outer, geometry.blocks)
     return [r.reshape(*outer_shape, p.entries, geometry.inner) for r, p in zip(results, parts, strict=True)]
 

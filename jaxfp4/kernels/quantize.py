@@ -59,6 +59,16 @@ def _bits(x: Array) -> Array:
     return exact.as_bits(exact.to_float32(x))
 
 
+def block_amax_blocks(x: Array, geometry: Geometry, *, interpret: bool = False) -> Array:
+    """The largest magnitudes, float32 `[outer, blocks, 1, inner]`, of `x [outer, blocks, 16, inner]`."""
+
+    def body(inputs: Sequence[Values], _: Sequence[Array]) -> tuple[Tiles]:
+        return ((exact.as_float(amax_bits(inputs[0].map(_bits))),),)
+
+    launch = SIMULATING.launch(geometry)
+    return visit(body, [x], None, geometry, (Part(1, jnp.float32),), launch, interpret=interpret)[0]
+
+
 def quantize_blocks(
     x: Array, global_scale: Array, geometry: Geometry, choose: KernelScales, tuning: Tuning, *, interpret: bool = False
 ) -> tuple[Array, Array]:

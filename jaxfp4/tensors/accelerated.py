@@ -17,6 +17,7 @@ from jaxfp4.kernels.quantize import (
     ROUNDING,
     KernelScales,
     Tuning,
+    block_amax_blocks,
     dequantize_blocks,
     fake_quantize_blocks,
     max_scales,
@@ -96,6 +97,15 @@ def quantize(
     return packed.reshape(*shape[:axis], shape[axis] * (BLOCK_SIZE // 2), *rest), scales.reshape(
         *shape[: axis + 1], *rest
     )
+
+
+def block_amax(x: Array, blocking: Blocking) -> Array:
+    """The largest magnitude of each block, the axis of blocks in the place of that of values."""
+    blocks = blocking.to_blocks(x)
+    shape, axis = blocks.shape, blocking.axis
+    geometry = Geometry(1, math.prod(shape[: axis + 1]), math.prod(shape[axis + 2 :]))
+    amaxes = block_amax_blocks(_shaped(blocks, geometry, BLOCK_SIZE), geometry)
+    return amaxes.reshape(*shape[: axis + 1], *shape[axis + 2 :])
 
 
 def fake_quantize(x: Array, global_scale: Array, blocking: Blocking, geometry: Geometry) -> Array:

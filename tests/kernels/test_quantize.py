@@ -12,7 +12,14 @@ from jaxfp4.formats import exact
 from jaxfp4.formats.thresholds import code_thresholds
 from jaxfp4.kernels.blocks import Geometry, Launch
 from jaxfp4.kernels.calls import call
-from jaxfp4.kernels.quantize import Tuning, dequantize_blocks, fake_quantize_blocks, max_scales, quantize_blocks
+from jaxfp4.kernels.quantize import (
+    Tuning,
+    block_amax_blocks,
+    dequantize_blocks,
+    fake_quantize_blocks,
+    max_scales,
+    quantize_blocks,
+)
 from jaxfp4.kernels.rounding import EMULATED, PTX, Coder, Prepared, Scales
 from jaxfp4.tensors.quantize import fake_quantize_with_scale, quantize_unchecked
 
@@ -64,6 +71,17 @@ def check_against_plain(x, axis, run):
 def test_interpreted_kernels_give_the_bytes_of_plain_jax(kind, dtype, axis):
     x = hostile(kind, (32, 80), dtype)
     check_against_plain(x, axis, functools.partial(kernel, interpret=True))
+
+
+@each_axis
+@each_dtype
+def test_block_amaxes_are_exact(dtype, axis):
+    x = hostile("spread", (32, 80), dtype)
+    geometry = geometry_of(x.shape, axis)
+    blocks = jnp.asarray(x).reshape(1, geometry.blocks, 16, geometry.inner)
+    found = block_amax_blocks(blocks, geometry, interpret=True)
+    wanted = np.max(np.abs(np.asarray(x, np.float32)).reshape(1, geometry.blocks, 16, geometry.inner), 2, keepdims=True)
+    np.testing.assert_array_equal(np.asarray(found), wanted)
 
 
 @each_axis

@@ -193,7 +193,8 @@ def _experts_quantized(arguments: Arguments) -> Rows:
 
 
 def _block_and_global_amax(x: Array) -> tuple[Array, Array]:
-    return jaxfp4.block_amax(x, -1), jaxfp4.global_amax(x)
+    blocks = jaxfp4.block_amax(x, -1)
+    return blocks, jaxfp4.global_amax(blocks)
 
 
 def _quantize_each(x: Array) -> NVFP4Tensor:
