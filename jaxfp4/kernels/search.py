@@ -8,7 +8,7 @@ off by, which is one block of some thousand, the integers decide.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -35,6 +35,10 @@ _HIGH_PART = 2.0**10
 _LOW_BITS = 13
 _TINY = 1 << 8
 _TO_INTEGER = 1.5 * 2.0**23
+
+
+_State = tuple[Any, Array, Array, Array]
+"""How many codes were tried, the best, its error and the second best's."""
 
 
 class Block(NamedTuple):
@@ -89,11 +93,11 @@ def mse_scales(values: Values, context: Context) -> Scales:
         may_win = (code >= 1) & (beyond * beyond <= best * (1 + _TOLERANCE) + _FLOOR)
         return jnp.where(block.settled, 0, jnp.where(may_win, 1, 0))
 
-    def proceed(state: tuple[Array, ...]) -> Array:
+    def proceed(state: _State) -> Array:
         step, _, best, _ = state
         return jnp.max(reaches(highest - step, best)) > 0
 
-    def advance(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def advance(state: _State) -> _State:
         step, chosen, best, second = state
         for _ in range(_AT_ONCE):
             code = jnp.maximum(highest - step, 1)
