@@ -14,7 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import JaxprEqn
 
 from jaxfp4.formats import BLOCK_SIZE
-from jaxfp4.kernels.matmul import most_rows, packed_matmul
+from jaxfp4.kernels.matmul import MOST_ROWS, packed_matmul
 from jaxfp4.tensors import NVFP4Tensor
 from jaxfp4.transform import jaxprs
 from jaxfp4.transform.sites import Meeting
@@ -53,7 +53,7 @@ def _is_small_product(meeting: Meeting, tensor: NVFP4Tensor, activation: Array, 
     rows = activation.size // used if used else 0
     large = math.prod(tensor.shape) >= SMALLEST_WEIGHT
     scales = (1, tensor.shape[0]) if experts else (1,)
-    return large and 0 < rows <= most_rows(tensor.axes[0] == -1) and tensor.global_scale.size in scales
+    return large and 0 < rows <= MOST_ROWS and tensor.global_scale.size in scales
 
 
 def _activation_dimensions(meeting: Meeting) -> tuple[int, ...]:

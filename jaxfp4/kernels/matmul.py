@@ -1,16 +1,16 @@
 """`x @ dequantize(w)` with the NVFP4 weight read from memory as it is packed, for a few rows of `x`, on Hopper.
 
 A small batch is bounded by reading the weight, 4.5 bits a value here in place of 16, so decoding must keep up with the
-memory: about 3.5 instructions a weight in all. An E2M1 code `s eem` whose bits lie in a bfloat16 at 15 and at 8 to 6 is
-2^-126 times its value, subnormals included, so two codes become two bfloat16 in a few masks and shifts of one word.
-Times 2^119 times the E4M3 scale, one instruction for the two, they are `e2m1 * scale * 2^-7`: at most 6 significant
-bits, hence exact. The tensor cores sum products of these and `x` in float32, the global scale multiplies the sum.
+memory: it takes 2.3 instructions a weight, and all the rest brings that to 4 to 6.5, the fewer the more a warp has to
+do. An E2M1 code `s eem` whose bits lie in a bfloat16 at 15 and at 8 to 6 is 2^-126 times its value, subnormals
+included, so two codes become two bfloat16 in a few masks and shifts of one word. Times 2^119 times the E4M3 scale, one
+instruction for the two, they are `e2m1 * scale * 2^-7`: at most 6 significant bits, hence exact. The tensor cores sum
+products of these and `x` in float32, the global scale multiplies the sum.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
 import math
 from collections.abc import Mapping
@@ -31,17 +31,6 @@ _SCALE_FACTOR = 2.0**119
 _SUM_FACTOR = 2.0**7
 
 
-class Form(enum.Enum):
-    """How the products are computed."""
-
-    WEIGHT_LEFT = "weight_left"
-    """On tensor cores with the weight as left operand: its 64 or more columns are the rows of the instruction."""
-    WEIGHT_RIGHT = "weight_right"
-    """On tensor cores with the weight as right operand."""
-    VECTOR = "vector"
-    """Multiply-adds in float32, row by row; for one to four rows."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """How the work is cut. All but `programs` are powers of two."""
@@ -55,37 +44,29 @@ class Tiles:
     """Tiles in flight."""
     programs: int
     """The contraction is split until there are at least so many programs; a second step sums the parts, in order."""
-    form: Form = Form.WEIGHT_LEFT
 
 
 TILES: Mapping[int, Tiles] = {
-    16: Tiles(columns=256, depth=128, warps=4, stages=3, programs=256),
+    16: Tiles(columns=64, depth=128, warps=4, stages=4, programs=512),
     32: Tiles(columns=128, depth=128, warps=4, stages=3, programs=256),
     64: Tiles(columns=128, depth=64, warps=4, stages=3, programs=256),
 }
-"""For weights whose contraction is their first axis, by the most rows that they are for."""
+"""By the most rows that they are for.
 
-TILES_CONTRACTION_LAST: Mapping[int, Tiles] = {
-    16: Tiles(columns=128, depth=128, warps=4, stages=3, programs=256, form=Form.WEIGHT_RIGHT),
-    32: Tiles(columns=128, depth=128, warps=4, stages=3, programs=256, form=Form.WEIGHT_RIGHT),
-    64: Tiles(columns=128, depth=64, warps=4, stages=3, programs=256, form=Form.WEIGHT_RIGHT),
-}
-"""For weights whose contraction is their last axis."""
+Those for 16 rows were the fastest of those measured on an H200 (at 8192 by 8192 and 4 rows, in both orders of the
+weight); the others have not been compared.
+"""
 
-
-def most_rows(contraction_last: bool) -> int:
-    """The most rows of x for which there are tiles."""
-    return max(TILES_CONTRACTION_LAST if contraction_last else TILES)
+MOST_ROWS = max(TILES)
+"""The most rows of x for which there are tiles."""
 
 
-def tiles_for(rows: int, contraction_last: bool) -> Tiles:
-    """The tiles for so many rows; ValueError if there are too many."""
-    for most, tiles in sorted((TILES_CONTRACTION_LAST if contraction_last else TILES).items()):
+def tiles_for(rows: int) -> Tiles:
+    """The entry of `TILES` for so many rows; ValueError if there are too many."""
+    for most, tiles in sorted(TILES.items()):
         if rows <= most:
             return tiles
-    raise ValueError(
-        f"x has {rows} rows: wanted at most {most_rows(contraction_last)}; multiply more by the dequantized weight"
-    )
+    raise ValueError(f"x has {rows} rows: wanted at most {MOST_ROWS}; multiply more by the dequantized weight")
 
 
 def packed_matmul(
@@ -107,7 +88,7 @@ def packed_matmul(
     range of normal float32 numbers. A NaN scale, in a block or global, gives NaN in the columns that it is for; NaN or
     Inf in `x` goes through the row. Results do not depend on the run: parts are summed in a fixed order.
 
-    `x` is `[M, K]`, bfloat16, float16 or float32 (exactly, as two or three bfloat16 parts), of at most `most_rows`
+    `x` is `[M, K]`, bfloat16, float16 or float32 (exactly, as two or three bfloat16 parts), of at most `MOST_ROWS`
     rows. `packed` is uint8 `[K/2, N]`, the even value in the low nibble, `scales` uint8 E4M3 codes `[K/16, N]`;
     with `contraction_last` `[N, K/2]` and `[N, K/16]`. `global_scale` is a float32 scalar. Or all have a leading
     axis of E experts, `global_scale` `[E]`. K is a multiple of 16. The result is `[M, N]` or `[E, M, N]`.
@@ -178,7 +159,7 @@ class _Problem:
     @property
     def row_tile(self) -> int:
         """Rows of a tile of x: the least number for tensor cores, or more."""
-        return self.rows if self.tiles.form is Form.VECTOR else max(16, 1 << (self.rows - 1).bit_length())
+        return max(16, 1 << (self.rows - 1).bit_length())
 
 
 def _problem(
@@ -205,7 +186,7 @@ def _problem(
         raise ValueError(f"packed is {packed.dtype}, scales {scales.dtype}: wanted uint8; pass the bits of E4M3 scales")
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"x is {x.dtype}: wanted bfloat16, float16 or float32; cast it")
-    limit = tiles_for(rows, contraction_last) if tiles is None else tiles
+    limit = tiles_for(rows) if tiles is None else tiles
     return _Problem(experts, rows, columns, length, contraction_last, limit, interpret)
 
 
@@ -219,15 +200,17 @@ def _kernel(
     expert = pl.program_id(1)
     scale_factor = one_ref[0]
 
-    def step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+    def step(i: Array, total: Array) -> Array:
         tile = part * problem.steps + i
         rows = _load_rows(problem, x_ref, expert, tile)
         codes, block_scales = _load_weight(problem, packed_ref, scales_ref, expert, tile, column)
-        even, odd = _decode(problem, codes, _scale_values(problem, block_scales, scale_factor))
-        return _accumulate(problem, sums, rows, even, odd)
+        pairs = _decode(problem, codes, _scale_values(problem, block_scales, scale_factor))
+        for piece in _bfloat16_parts(rows):
+            for values, weight in zip(_even_and_odd(piece), pairs, strict=True):
+                total = total + triton.dot(values, weight.T if problem.contraction_last else weight)
+        return total
 
-    sums = lax.fori_loop(0, problem.steps, step, _zeros(problem))
-    result = _result(problem, sums)
+    result = lax.fori_loop(0, problem.steps, step, jnp.zeros((problem.row_tile, tiles.columns), jnp.float32))
     if problem.splits == 1:
         result = result * factor_ref[expert]
     shape = result.shape
@@ -322,37 +305,6 @@ def _decode(problem: _Problem, codes: Array, scales: Array) -> tuple[Array, Arra
     return even, odd
 
 
-def _zeros(problem: _Problem) -> tuple[Array, ...]:
-    tiles, rows = problem.tiles, problem.row_tile
-    if tiles.form is Form.VECTOR:
-        shape = (tiles.depth // 2, tiles.columns)
-        return (jnp.zeros(shape[::-1] if problem.contraction_last else shape, jnp.float32),) * rows
-    shape = (tiles.columns, rows) if tiles.form is Form.WEIGHT_LEFT else (rows, tiles.columns)
-    return (jnp.zeros(shape, jnp.float32),)
-
-
-def _accumulate(problem: _Problem, sums: tuple[Array, ...], rows: Array, even: Array, odd: Array) -> tuple[Array, ...]:
-    """The sums with the products of a tile added."""
-    if problem.tiles.form is Form.VECTOR:
-        return tuple(_add_row(problem, s, rows, r, even, odd) for r, s in enumerate(sums))
-    (total,) = sums
-    for piece in _bfloat16_parts(rows):
-        for x, w in zip(_even_and_odd(piece), (even, odd), strict=True):
-            w = w.T if problem.contraction_last else w
-            total = total + (triton.dot(w.T, x.T) if problem.tiles.form is Form.WEIGHT_LEFT else triton.dot(x, w))
-    return (total,)
-
-
-def _add_row(problem: _Problem, total: Array, rows: Array, row: int, even: Array, odd: Array) -> Array:
-    """`total` with the products of one row with a tile added, those of the two values of a pair in one place."""
-    chosen = lax.broadcasted_iota(jnp.int32, rows.shape, 0) == row
-    x = jnp.sum(jnp.where(chosen, rows.astype(jnp.float32), 0), 0)
-    shape = (1, -1) if problem.contraction_last else (-1, 1)
-    for values, w in zip(_even_and_odd(x[None]), (even, odd), strict=True):
-        total = total + values.reshape(shape) * w.astype(jnp.float32)
-    return total
-
-
 def _even_and_odd(x: Array) -> tuple[Array, Array]:
     rows, depth = x.shape
     even, odd = jnp.split(x.reshape(rows, depth // 2, 2), 2, axis=2)
@@ -368,15 +320,3 @@ def _bfloat16_parts(x: Array) -> list[Array]:
         rest = jnp.where(jnp.abs(taken) < jnp.inf, rest - taken, 0)
         parts.append(rest.astype(jnp.bfloat16))
     return parts
-
-
-def _result(problem: _Problem, sums: tuple[Array, ...]) -> Array:
-    """The sums as rows by columns."""
-    if problem.tiles.form is not Form.VECTOR:
-        return sums[0].T if problem.tiles.form is Form.WEIGHT_LEFT else sums[0]
-    totals = [jnp.sum(s, 1 if problem.contraction_last else 0)[None] for s in sums]
-    place = lax.broadcasted_iota(jnp.int32, (problem.row_tile, problem.tiles.columns), 0)
-    result = jnp.zeros(place.shape, jnp.float32)
-    for row, total in enumerate(totals):
-        result = jnp.where(place == row, total, result)
-    return result

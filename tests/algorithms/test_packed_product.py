@@ -26,11 +26,9 @@ def draw(*shape: int, seed: int = 0) -> jax.Array:
 PRODUCTS = {
     "first": (lambda x, w: x @ w, (T, K), (K, N)),
     "vector": (lambda x, w: x @ w, (K,), (K, N)),
-    "free axes": (lambda x, w: jnp.einsum("abk,kn->abn", x, w), (2, T, K), (K, N)),
     "contraction inside": (lambda x, w: jnp.einsum("akb,kn->abn", x, w), (2, K, T), (K, N)),
     "last": (lambda x, w: jnp.einsum("tk,nk->tn", x, w), (T, K), (N, K)),
     "weight on the left": (lambda x, w: jax.lax.dot_general(w, x, (((0,), (1,)), ((), ()))), (T, K), (K, N)),
-    "experts": (lambda x, w: jnp.einsum("etk,ekn->etn", x, w), (2, T, K), (2, K, N)),
     "experts inside": (lambda x, w: jnp.einsum("tek,ekn->ten", x, w), (T, 2, K), (2, K, N)),
     "float32 result": (lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32), (T, K), (K, N)),
 }
@@ -42,9 +40,11 @@ def model(name):
     return lambda p, x: function(x, p["w"]), {"w": draw(*w_shape)}, draw(*x_shape, seed=1)
 
 
-def prepared(name, recipe="nvfp4_weight_only"):
+@functools.cache
+def prepared(name):
+    """The model's function, plan, quantized weights and activation; the same in every test."""
     apply, params, x = model(name)
-    result = plan(apply, params, x, recipe=recipe)
+    result = plan(apply, params, x, recipe="nvfp4_weight_only")
     assert result.quantized
     return apply, result, quantize_params(params, result), x
 
@@ -69,21 +69,32 @@ def exact(apply, qparams, x):
         return np.asarray(apply({"w": w}, x.astype(jnp.float32)))
 
 
+@functools.cache
+def plain_product(name):
+    """Of the dequantized weight, as the model has it."""
+    apply, _, qparams, x = prepared(name)
+    return jax.jit(apply)(dequantized(qparams), x)
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_kernel_result_is_the_product(kernel_on_the_cpu, name):
     apply, result, qparams, x = prepared(name)
     found = quantized(apply, result)(qparams, x)
-    plain = jax.jit(apply)(dequantized(qparams), x)
+    plain = plain_product(name)
     assert (found.shape, found.dtype) == (plain.shape, plain.dtype)
     np.testing.assert_allclose(found.astype(jnp.float32), exact(apply, qparams, x), rtol=2.0**-8, atol=1e-4)
     assert not np.array_equal(found, plain), "the weight is not rounded, so the kernel has not run"
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("name", ["first", "weight on the left", "experts inside"])
 def test_other_platforms_keep_every_bit(small_weights_too, name):
     apply, result, qparams, x = prepared(name)
+    np.testing.assert_array_equal(quantized(apply, result)(qparams, x), plain_product(name))
+
+
+def test_other_platforms_keep_every_bit_of_gradients(small_weights_too):
+    apply, result, qparams, x = prepared("last")
     run = quantized(apply, result)
-    np.testing.assert_array_equal(run(qparams, x), jax.jit(apply)(dequantized(qparams), x))
     gradient = jax.grad(lambda x: run(qparams, x).astype(jnp.float32).sum())(x)
     wanted = jax.grad(lambda x: jax.jit(apply)(dequantized(qparams), x).astype(jnp.float32).sum())(x)
     np.testing.assert_array_equal(gradient, wanted)
@@ -92,17 +103,14 @@ def test_other_platforms_keep_every_bit(small_weights_too, name):
 def test_derivatives_are_those_of_the_plain_product(kernel_on_the_cpu):
     apply, result, qparams, x = prepared("first")
     run = quantized(apply, result)
-    gradient = jax.grad(lambda x: run(qparams, x).astype(jnp.float32).sum())(x)
-    wanted = dequantized(qparams)["w"].astype(jnp.float32).sum(1)
-    np.testing.assert_allclose(gradient[0].astype(jnp.float32), wanted, rtol=0.02, atol=0.02)
     _, tangent = jax.jvp(lambda x: run(qparams, x), (x,), (x,))
-    np.testing.assert_array_equal(tangent, jax.jit(apply)(dequantized(qparams), x))
+    np.testing.assert_array_equal(tangent, plain_product("first"))
 
 
 def test_vmap_takes_the_plain_product(kernel_on_the_cpu):
     apply, result, qparams, x = prepared("first")
     found = jax.vmap(quantized(apply, result), in_axes=(None, 0))(qparams, jnp.stack([x, -x]))
-    plain = jax.jit(apply)(dequantized(qparams), x)
+    plain = plain_product("first")
     np.testing.assert_array_equal(found, jnp.stack([plain, -plain]))
 
 
@@ -117,14 +125,14 @@ def test_many_rows_take_the_plain_product(kernel_on_the_cpu):
 def test_small_weights_take_the_plain_product(kernel_on_the_cpu, monkeypatch):
     monkeypatch.setattr(packed_product, "SMALLEST_WEIGHT", K * N + 1)
     apply, result, qparams, x = prepared("first")
-    np.testing.assert_array_equal(quantized(apply, result)(qparams, x), jax.jit(apply)(dequantized(qparams), x))
+    np.testing.assert_array_equal(quantized(apply, result)(qparams, x), plain_product("first"))
 
 
 def test_arrays_that_may_be_split_take_the_plain_product(kernel_on_the_cpu):
     """On a mesh, or traced where there are eight devices: the compiler cannot partition a kernel."""
     apply, result, qparams, x = prepared("first")
     run = quantized(apply, result)
-    plain = jax.jit(apply)(dequantized(qparams), x)
+    plain = plain_product("first")
     np.testing.assert_array_equal(jax.jit(run)(qparams, x), plain)
     mesh = jax.make_mesh((2,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.device_put(x, jax.NamedSharding(mesh, jax.P()))
