@@ -41,7 +41,7 @@ class Tuning:
 
 
 ROUNDING = Tuning(minor=Launch(64, 1), strided=Launch(128, 1))
-SIMULATING = Tuning(minor=Launch(64, 1), strided=Launch(64, 1))
+SIMULATING = Tuning(minor=Launch(128, 4), strided=Launch(64, 1))
 DEQUANTIZING = Tuning(minor=Launch(128, 4), strided=Launch(128, 2))
 
 
