@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxfp4.formats import BLOCK_SIZE, exact
+from jaxfp4.tensors import nearest
 from jaxfp4.tensors.blocks import Blocking, normalize_axes
 from jaxfp4.tensors.mesh import AxisNames, Layout, amax_over_mesh, enclosing_axes, layout_of, place, varying_axes
 
@@ -90,14 +91,9 @@ def refuse_cut_blocks(x: Array, blocking: Blocking) -> None:
         )
 
 
-def local_block_amax(blocks: Array, axis: int) -> Array:
-    """Magnitude maxima over `axis`, size 1 kept, float32. Integers order bit patterns alike on every backend."""
-    return exact.as_float(jnp.max(exact.magnitude_bits(blocks), axis, keepdims=True))
-
-
 @functools.partial(jax.jit, static_argnums=1)
 def _block_amax(x: Array, blocking: Blocking) -> Array:
-    return jnp.squeeze(local_block_amax(blocking.to_blocks(x), blocking.axis + 1), blocking.axis + 1)
+    return jnp.squeeze(nearest.block_amax(blocking.to_blocks(x), blocking.axis + 1), blocking.axis + 1)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
