@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from jaxfp4.formats import exact, nvfp4
@@ -64,49 +63,27 @@ def _kept(found: Borders) -> Borders:
 
 def packed_codes(blocks: Array, limits: Borders, axis: int) -> Array:
     """The codes of blocks, packed: uint8, with half as many entries along `axis` as `blocks`."""
-    if blocks.dtype == jnp.float32 and axis == blocks.ndim - 1:
-        codes = _codes(lax.bitcast_convert_type(blocks, jnp.uint32), limits, blocks.dtype)
-        return nvfp4.pack(lax.optimization_barrier(codes.astype(jnp.uint8)), axis)
-    even, odd = (_codes(half, limits, blocks.dtype) for half in halves(blocks, axis))
-    return (even | (odd << 4)).astype(jnp.uint8)
+    # Kept before they are packed, or XLA would read a block's values with a stride.
+    return nvfp4.pack(lax.optimization_barrier(_codes(blocks, limits)), axis)
 
 
 def rounded(blocks: Array, scales: Array, global_scale: Array) -> Array:
     """`nvfp4.dequantize` of the codes of blocks, cast to their dtype; NaN where the block scale is."""
     limits = borders_of(scales, global_scale, blocks.dtype)
     divisor = lax.optimization_barrier(nvfp4.decode_scale(scales) * global_scale)
-    bits = lax.bitcast_convert_type(blocks, _unsigned(blocks.dtype)).astype(jnp.uint32)
-    return exact.cast(divisor * nvfp4.decode_values(_codes(bits, limits, blocks.dtype)), blocks.dtype)
+    return exact.cast(divisor * nvfp4.decode_values(_codes(blocks, limits)), blocks.dtype)
 
 
-def block_amax(blocks: Array, axis: int) -> Array:
-    """Magnitude maxima over `axis`, whose size is even, size 1 kept, float32; integers order alike on every backend."""
-    if blocks.dtype == jnp.float32:
-        return exact.as_float(jnp.max(exact.magnitude_bits(blocks), axis, keepdims=True))
-    mask = jnp.uint32(_sign(blocks.dtype) - 1)
-    even, odd = (half & mask for half in halves(blocks, axis))
-    largest = jnp.max(jnp.maximum(even, odd), axis, keepdims=True)
-    return exact.to_float32(lax.bitcast_convert_type(largest.astype(_unsigned(blocks.dtype)), blocks.dtype))
-
-
-def halves(values: Array, axis: int) -> tuple[Array, Array]:
-    """The bits, as uint32, of the values with an even and with an odd index along `axis`, whose size is even."""
-    bits = lax.bitcast_convert_type(values, _unsigned(values.dtype))
-    bits = bits.reshape(*bits.shape[:axis], bits.shape[axis] // 2, 2, *bits.shape[axis + 1 :])
-    if values.dtype.itemsize == 2 and axis == values.ndim - 1:
-        words = lax.bitcast_convert_type(bits, jnp.uint32)
-        return words & 0xFFFF, words >> 16
-    even, odd = (lax.index_in_dim(bits, i, axis + 1, keepdims=False).astype(jnp.uint32) for i in (0, 1))
-    return even, odd
-
-
-def _codes(bits: Array, limits: Borders, dtype: np.dtype) -> Array:
-    """E2M1 codes, uint32, of values given as bits."""
+def _codes(blocks: Array, limits: Borders) -> Array:
+    """E2M1 codes, uint8."""
     *reached, nonzero = limits
-    magnitude = bits & jnp.uint32(_sign(dtype) - 1)
+    size = 8 * blocks.dtype.itemsize
+    bits = lax.bitcast_convert_type(blocks, jnp.dtype(f"uint{size}")).astype(jnp.uint32)
+    sign = jnp.uint32(1 << (size - 1))
+    magnitude = bits & (sign - 1)
     index = sum((magnitude >= border).astype(jnp.uint32) for border in reached)
-    negative = (bits >= jnp.uint32(_sign(dtype))) & (magnitude >= nonzero)
-    return index | (negative.astype(jnp.uint32) * E2M1.sign_mask)
+    negative = (bits >= sign) & (magnitude >= nonzero)
+    return (index | (negative.astype(jnp.uint32) * E2M1.sign_mask)).astype(jnp.uint8)
 
 
 def _rounded_up(bits: Array, dtype: jax.typing.DTypeLike) -> Array:
@@ -119,11 +96,3 @@ def _rounded_up(bits: Array, dtype: jax.typing.DTypeLike) -> Array:
     nearest = exact.cast(exact.as_float(bits), dtype)
     bits_of_nearest = lax.bitcast_convert_type(nearest, jnp.uint16).astype(jnp.uint32)
     return bits_of_nearest + (exact.as_bits(exact.to_float32(nearest)) < bits).astype(jnp.uint32)
-
-
-def _unsigned(dtype: np.dtype) -> np.dtype:
-    return np.dtype(f"uint{8 * dtype.itemsize}")
-
-
-def _sign(dtype: np.dtype) -> int:
-    return 1 << (8 * dtype.itemsize - 1)

@@ -16,7 +16,7 @@ from jaxfp4.tensors import accelerated, nearest
 from jaxfp4.tensors.blocks import Blocking, normalize_axes
 from jaxfp4.tensors.mesh import Layout, layout_of, place
 from jaxfp4.tensors.nvfp4_tensor import NVFP4Tensor
-from jaxfp4.tensors.reductions import as_float_array, global_amax, refuse_cut_blocks
+from jaxfp4.tensors.reductions import as_float_array, global_amax, local_block_amax, refuse_cut_blocks
 
 
 class Encoded(NamedTuple):
@@ -54,7 +54,7 @@ ChooseScales = Callable[[Array, Array, int, Array | None], Array]
 
 def max_scales(blocks: Array, global_scale: Array, axis: int, moments: Array | None = None) -> Array:
     """Block scales from block amaxes."""
-    return nvfp4.encode_scale(nearest.block_amax(blocks, axis), global_scale)
+    return nvfp4.encode_scale(local_block_amax(blocks, axis), global_scale)
 
 
 @dataclasses.dataclass(frozen=True)
