@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from jaxfp4.formats import exact, nvfp4
 from jaxfp4.formats.minifloat import E2M1, E4M3
+from jaxfp4.formats.thresholds import code_thresholds
 from jaxfp4.tensors.mesh import varying_as
 
 LARGEST_CODE = E4M3.sign_mask - 2
@@ -122,7 +123,7 @@ class Grid:
         """The grid of a block's float32 scale, which is not subnormal."""
         codes = range(1, len(E2M1.magnitudes))
         values = tuple(scale * float(E2M1.magnitudes[i]) for i in codes)
-        return cls(values, tuple(_threshold(scale, i) for i in codes))
+        return cls(values, tuple(exact.as_float(bits) for bits in code_thresholds(scale).reached))
 
     def error(self, magnitude: Array) -> Array:
         """The exact distance to the value of the code that the magnitude gets."""
@@ -130,23 +131,6 @@ class Grid:
         for threshold, larger in zip(self.thresholds, self.values, strict=True):
             value = jnp.where(magnitude >= threshold, larger, value)
         return magnitude - value
-
-
-def _threshold(scale: Array, code: int) -> Array:
-    """The smallest float32 whose float32 quotient by the scale rounds to `code` and not to the one below.
-
-    It is within two units in the last place of the product of the scale and the midpoint, because the quotient's own
-    rounding moves the border by at most one of them.
-    """
-    midpoint = float(E2M1.magnitudes[code] + E2M1.magnitudes[code - 1]) / 2
-    odd = code % 2 == 0
-    lowest = exact.as_bits(scale * midpoint) - (1 if odd else 0)
-    first, second, third = (exact.as_float(lowest + i) for i in range(3))
-
-    def up(x: Array) -> Array:
-        return exact.rounds_up(x, jnp.full_like(x, midpoint), scale, jnp.bool_(odd))
-
-    return jnp.where(up(first), first, jnp.where(up(second), second, third))
 
 
 def search(

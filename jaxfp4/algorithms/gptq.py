@@ -14,7 +14,6 @@ from jax import Array, lax
 from jaxfp4.formats import BLOCK_SIZE, exact, nvfp4
 from jaxfp4.recipes.methods import Order as Order
 from jaxfp4.tensors.blocks import Blocking
-from jaxfp4.tensors.quantize import Encoded
 from jaxfp4.tensors.reductions import as_float_array
 
 ChooseScales = Callable[[Array, Array, int, Array | None], Array]
@@ -23,6 +22,13 @@ ChooseScales = Callable[[Array, Array, int, Array | None], Array]
 `blocks` has 16 values along `axis`; the global scale and the importance broadcast against it. An importance weighs the
 squared error of each value; None weighs all alike.
 """
+
+
+class Codes(NamedTuple):
+    """A rounded matrix: E2M1 codes `[N, K_padded]` and E4M3 codes `[N, K_padded / 16]`, both uint8."""
+
+    values: Array
+    scales: Array
 
 
 class _Feedback(NamedTuple):
@@ -42,7 +48,7 @@ def gptq(
     damping: float = 0.01,
     order: Order = Order.STATIC,
     block: int = 32,
-) -> Encoded:
+) -> Codes:
     """Codes of `w` `[N, K]` that keep `tr((w - q) H (w - q)^T)` small, the squared error of the output `x @ w.T`.
 
     `hessian` `[K, K]` is `sum x x^T` over tokens; a positive factor does not matter. `damping * mean(diag(H))` is added
@@ -109,7 +115,7 @@ def _gptq(
     damping: float,
     order: Order,
     block: int,
-) -> Encoded:
+) -> Codes:
     feedback = _feedback(hessian, damping, order)
     blocks = Blocking(w.shape, (1,)).to_blocks(exact.to_float32(w))
     rows, count, _ = blocks.shape
@@ -133,7 +139,7 @@ def _gptq(
     codes = _round_columns(columns, column_scales, factor, global_scale, min(block, padded))
     if order is not Order.STATIC:
         codes = jnp.zeros_like(codes).at[visits].set(codes, unique_indices=True)
-    return Encoded(codes.T, scales)
+    return Codes(codes.T, scales)
 
 
 def _feedback(hessian: Array, damping: float, order: Order) -> _Feedback:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxfp4.algorithms.gptq import ChooseScales, gptq
+from jaxfp4.algorithms.gptq import ChooseScales, Codes, gptq
+from jaxfp4.formats import nvfp4
 from jaxfp4.recipes.methods import Gptq
 from jaxfp4.tensors.accelerated import Kernel
 from jaxfp4.tensors.blocks import Blocking
@@ -43,9 +44,10 @@ class GptqEncoder:
         shape = [w.shape[a] if a in stack else 1 for a in range(w.ndim)]
         scale = jnp.transpose(jnp.broadcast_to(global_scale, shape), order).reshape(-1)
         result = jax.vmap(self._one)(matrices, hessians, scale)
-        return Encoded(*(_in_blocks(part, w, stack, outputs, blocking) for part in result))
+        values, scales = (_in_blocks(part, w, stack, outputs, blocking) for part in result)
+        return Encoded(nvfp4.pack(values, blocking.axis + 1), scales)
 
-    def _one(self, w: Array, hessian: Array, global_scale: Array) -> Encoded:
+    def _one(self, w: Array, hessian: Array, global_scale: Array) -> Codes:
         rounding = self.rounding
         return gptq(w, hessian, global_scale, self.choose_scales, damping=rounding.damping, order=rounding.order)
 

@@ -105,6 +105,9 @@ def pack(codes: Array, axis: int) -> Array:
     """
     axis %= codes.ndim
     pairs = codes.reshape(*codes.shape[:axis], codes.shape[axis] // 2, 2, *codes.shape[axis + 1 :])
+    if axis == codes.ndim - 1:
+        words = lax.bitcast_convert_type(pairs, jnp.uint16)
+        return (words | (words >> 4)).astype(jnp.uint8)
     low, high = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
     return low | (high << 4)
 

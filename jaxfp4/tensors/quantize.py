@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxfp4.formats import exact, nvfp4
-from jaxfp4.tensors import accelerated
+from jaxfp4.formats import nvfp4
+from jaxfp4.tensors import accelerated, nearest
 from jaxfp4.tensors.blocks import Blocking, normalize_axes
 from jaxfp4.tensors.mesh import Layout, layout_of, place
 from jaxfp4.tensors.nvfp4_tensor import NVFP4Tensor
@@ -20,9 +20,9 @@ from jaxfp4.tensors.reductions import as_float_array, global_amax, local_block_a
 
 
 class Encoded(NamedTuple):
-    """Blocks as codes: `values` `[.., blocks, 16, ..]` and `scales` `[.., blocks, 1, ..]`, both uint8."""
+    """Blocks as codes: `packed` `[.., blocks, 8, ..]`, two a byte, and `scales` `[.., blocks, 1, ..]`, both uint8."""
 
-    values: Array
+    packed: Array
     scales: Array
 
 
@@ -71,7 +71,8 @@ class RoundToNearest:
         blocks, axis = blocking.to_blocks(w), blocking.axis + 1
         global_scale = blocking.align(global_scale)
         scales = self.choose_scales(blocks, global_scale, axis, moments_in_blocks(moments, blocking))
-        return Encoded(nvfp4.encode_values(blocks, nvfp4.decode_scale(scales), global_scale), scales)
+        borders = nearest.borders_of(scales, global_scale, w.dtype)
+        return Encoded(nearest.packed_codes(blocks, borders, axis), scales)
 
 
 NEAREST = RoundToNearest(kernel=accelerated.MAX)
@@ -232,8 +233,8 @@ def _quantize(
 
     def plain(w: Array, global_scale: Array) -> tuple[Array, Array]:
         encoded = encoder(w, global_scale, blocking, moments)
-        packed = nvfp4.pack(encoded.values, blocking.axis + 1)
-        return lax.collapse(packed, blocking.axis, blocking.axis + 2), jnp.squeeze(encoded.scales, blocking.axis + 1)
+        packed = lax.collapse(encoded.packed, blocking.axis, blocking.axis + 2)
+        return packed, jnp.squeeze(encoded.scales, blocking.axis + 1)
 
     geometry = accelerated.geometry_of(blocking, global_scale)
     if kernels and moments is None and encoder.kernel is not None and geometry is not None:
@@ -266,9 +267,9 @@ def _quantize_sharded(
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _fake_quantize(x: Array, global_scale: Array, blocking: Blocking, kernels: bool) -> Array:
     def plain(x: Array, global_scale: Array) -> Array:
-        encoded = NEAREST(x, global_scale, blocking, None)
-        values = nvfp4.dequantize(encoded.values, nvfp4.decode_scale(encoded.scales), blocking.align(global_scale))
-        return exact.cast(blocking.from_blocks(values), x.dtype)
+        blocks, global_scale = blocking.to_blocks(x), blocking.align(global_scale)
+        scales = max_scales(blocks, global_scale, blocking.axis + 1)
+        return blocking.from_blocks(nearest.rounded(blocks, scales, global_scale))
 
     geometry = accelerated.geometry_of(blocking, global_scale)
     if not kernels or geometry is None:
