@@ -53,7 +53,7 @@ def can_run(x: Array) -> bool:
     XLA does not partition a kernel's call, so an array traced on several devices has to stay with plain JAX, unless it
     is a shard. On a machine without a GPU the kernels are not even traced.
     """
-    if not _has_gpu() or x.size == 0:
+    if not _has_gpu() or x.size == 0 or any(jax.typeof(x).sharding.spec):
         return False
     if isinstance(x, jax.core.Tracer):
         return jax.device_count() == 1 or all_axes_are_manual()
