@@ -19,6 +19,9 @@ Borders = tuple[Array, ...]
 """Eight arrays, uint32: the smallest magnitudes, as bits of the values' dtype, whose code is 1, 2, .. 7, then the
 smallest whose negative is not code 0."""
 
+FEW_BLOCKS = 1 << 12
+"""Fewer are coded value by value, which takes longer but compiles in half the time."""
+
 _SCALES = E4M3.sign_mask
 _NEVER = 0xFFFFFFFF
 _INFINITY = 0x7F800000
@@ -61,6 +64,13 @@ def _kept(found: Borders) -> Borders:
     return tuple(lax.optimization_barrier(found))
 
 
+def quantized(blocks: Array, scales: Array, global_scale: Array, axis: int) -> Array:
+    """The codes of blocks along `axis`, packed, under E4M3 codes of size 1 there, uint8."""
+    if scales.size < FEW_BLOCKS:
+        return nvfp4.pack(nvfp4.encode_values(blocks, nvfp4.decode_scale(scales), global_scale), axis)
+    return packed_codes(blocks, borders_of(scales, global_scale, blocks.dtype), axis)
+
+
 def packed_codes(blocks: Array, limits: Borders, axis: int) -> Array:
     """The codes of blocks, packed: uint8, with half as many entries along `axis` as `blocks`."""
     # Kept before they are packed, or XLA would read a block's values with a stride.
@@ -69,6 +79,15 @@ def packed_codes(blocks: Array, limits: Borders, axis: int) -> Array:
 
 def rounded(blocks: Array, scales: Array, global_scale: Array) -> Array:
     """`nvfp4.dequantize` of the codes of blocks, cast to their dtype; NaN where the block scale is."""
+    if scales.size < FEW_BLOCKS:
+        scale = nvfp4.decode_scale(scales)
+        codes = nvfp4.encode_values(blocks, scale, global_scale)
+        return exact.cast(nvfp4.dequantize(codes, scale, global_scale), blocks.dtype)
+    return rounded_by_borders(blocks, scales, global_scale)
+
+
+def rounded_by_borders(blocks: Array, scales: Array, global_scale: Array) -> Array:
+    """`rounded`, of however many blocks."""
     limits = borders_of(scales, global_scale, blocks.dtype)
     divisor = lax.optimization_barrier(nvfp4.decode_scale(scales) * global_scale)
     return exact.cast(divisor * nvfp4.decode_values(_codes(blocks, limits)), blocks.dtype)

@@ -71,8 +71,7 @@ class RoundToNearest:
         blocks, axis = blocking.to_blocks(w), blocking.axis + 1
         global_scale = blocking.align(global_scale)
         scales = self.choose_scales(blocks, global_scale, axis, moments_in_blocks(moments, blocking))
-        borders = nearest.borders_of(scales, global_scale, w.dtype)
-        return Encoded(nearest.packed_codes(blocks, borders, axis), scales)
+        return Encoded(nearest.quantized(blocks, scales, global_scale, axis), scales)
 
 
 NEAREST = RoundToNearest(kernel=accelerated.MAX)
