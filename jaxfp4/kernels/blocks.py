@@ -111,7 +111,7 @@ def visit(
         outer = row if minor else row // geometry.blocks
         inside = None if length % width == 0 else column * width + jnp.arange(width) < length
         access = (_Minor if minor else _Strided)(row, pl.ds(column * width, width), inside)
-        tiles = [access.load(ref, x.shape[2]) for ref, x in zip(array_refs, inputs, strict=False)]
+        tiles = [access.load(ref, x.shape[2], x.dtype) for ref, x in zip(array_refs, inputs, strict=False)]
         scalars = [ref[outer, i] for ref in constants_refs for i in range(ref.shape[1])]
         for ref, result in zip(array_refs[len(inputs) :], body(tiles, scalars), strict=True):
             access.store(ref, result)
@@ -123,7 +123,7 @@ def visit(
         interpret=interpret,
         grid=(rows * columns,),
         out_shape=[jax.ShapeDtypeStruct(shape(part.entries), part.dtype, manual_axis_type=varying) for part in parts],
-    )(*tables, *(x.reshape(shape(x.shape[2])) for x in inputs))
+    )(*tables, *(_as_integers(x, interpret).reshape(shape(x.shape[2])) for x in inputs))
     outer_shape = (geometry.outer, geometry.blocks)
     return [r.reshape(*outer_shape, p.entries, geometry.inner) for r, p in zip(results, parts, strict=True)]
 
@@ -147,8 +147,9 @@ class _Minor(_Access):
     def _mask(self, entries: int) -> Array | None:
         return None if self.inside is None else jnp.broadcast_to(self.inside[:, None], (self.inside.size, entries))
 
-    def load(self, ref: Any, entries: int) -> Any:
+    def load(self, ref: Any, entries: int, dtype: Any) -> Any:
         tile = triton.load(ref.at[self.row, self.span, :], mask=self._mask(entries), other=self._outside(ref))
+        tile = _as_values(tile, dtype)
         return _split(tile) if entries == BLOCK_SIZE else (tile,)
 
     def store(self, ref: Any, result: Any) -> None:
@@ -159,11 +160,10 @@ class _Minor(_Access):
 class _Strided(_Access):
     """Arrays `[rows, entries, length]`."""
 
-    def load(self, ref: Any, entries: int) -> Any:
-        tiles = tuple(
-            triton.load(ref.at[self.row, jnp.int32(i), self.span], mask=self.inside, other=self._outside(ref))
-            for i in range(entries)
-        )
+    def load(self, ref: Any, entries: int, dtype: Any) -> Any:
+        places = (ref.at[self.row, jnp.int32(i), self.span] for i in range(entries))
+        loaded = (triton.load(place, mask=self.inside, other=self._outside(ref)) for place in places)
+        tiles = tuple(_as_values(tile, dtype) for tile in loaded)
         return Values(tiles[::2], tiles[1::2]) if entries == BLOCK_SIZE else tiles
 
     def store(self, ref: Any, result: Any) -> None:
@@ -171,6 +171,18 @@ class _Strided(_Access):
             result = [tile for pair in zip(result.even, result.odd, strict=True) for tile in pair]
         for i, tile in enumerate(result):
             triton.store(ref.at[self.row, jnp.int32(i), self.span], tile.astype(ref.dtype), mask=self.inside)
+
+
+def _as_integers(x: Array, interpret: bool) -> Array:
+    """16-bit floats as integers if kernels are interpreted: XLA on a CPU may flush subnormals where it slices floats."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if interpret and x.dtype in _HALVES else x
+
+
+def _as_values(tile: Array, dtype: Any) -> Array:
+    return tile if tile.dtype == dtype else lax.bitcast_convert_type(tile, dtype)
+
+
+_HALVES = (jnp.bfloat16, jnp.float16)
 
 
 def _split(tile: Array) -> Values:

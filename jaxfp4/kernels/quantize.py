@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jaxfp4.formats import BLOCK_SIZE, exact, fp8, nvfp4
 from jaxfp4.kernels.blocks import Geometry, Launch, Part, Tiles, Values, visit
@@ -56,6 +56,9 @@ def max_scales(values: Values, context: Context) -> Scales:
 
 
 def _bits(x: Array) -> Array:
+    """The bits of the values as float32."""
+    if x.dtype == jnp.bfloat16:  # never as floats: some backend might flush a subnormal
+        return lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
     return exact.as_bits(exact.to_float32(x))
 
 
