@@ -174,7 +174,7 @@ class _Strided(_Access):
 
 
 def _as_integers(x: Array, interpret: bool) -> Array:
-    """16-bit floats as integers if kernels are interpreted: XLA on a CPU may flush subnormals where it slices floats."""
+    """16-bit floats as integers if kernels are interpreted: XLA on a CPU may flush subnormals in slices of floats."""
     return lax.bitcast_convert_type(x, jnp.uint16) if interpret and x.dtype in _HALVES else x
 
 
