@@ -39,19 +39,19 @@ def borders(divisor: Array, dtype: jax.typing.DTypeLike) -> Borders:
 
 
 def border_table(global_scale: Array, dtype: jax.typing.DTypeLike) -> Borders:
-    """The borders under all E4M3 codes: eight rows `[128]`, or of 128 for each of several global scales in turn."""
+    """The borders under all E4M3 codes for one global scale: eight rows `[128]`."""
     scales = nvfp4.decode_scale(jnp.arange(_SCALES, dtype=jnp.uint8))
-    found = borders(scales[None] * global_scale.reshape(-1, 1), dtype)
-    return tuple(row.reshape(-1) for row in found)
+    return borders(scales * global_scale.reshape(()), dtype)
 
 
 def borders_of(scales: Array, global_scale: Array, dtype: jax.typing.DTypeLike) -> Borders:
-    """The borders of each block, of the shape of `scales`, E4M3 codes as uint8; `global_scale` broadcasts with them."""
-    if global_scale.size * _SCALES > scales.size:
+    """The borders of each block, of the shape of `scales`, E4M3 codes as uint8; `global_scale` broadcasts with them.
+
+    Several global scales have no tables: where experts are split over a mesh, XLA would gather these.
+    """
+    if global_scale.size > 1 or scales.size < _SCALES:
         return _kept(borders(nvfp4.decode_scale(scales) * global_scale, dtype))
-    first = jnp.arange(global_scale.size, dtype=jnp.int32).reshape(global_scale.shape) * _SCALES
-    index = scales if global_scale.size == 1 else scales.astype(jnp.int32) + first
-    return look_up(border_table(global_scale, dtype), index)
+    return look_up(border_table(global_scale, dtype), scales)
 
 
 def look_up(table: Borders, index: Array) -> Borders:

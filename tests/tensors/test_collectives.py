@@ -9,13 +9,21 @@ from jax.sharding import PartitionSpec as P
 from jaxfp4.tensors import block_amax, fake_quantize, global_amax, quantize
 from jaxfp4.tensors.blocks import Blocking
 from jaxfp4.tensors.mesh import layout_of
+from jaxfp4.tensors.nearest import FEW_BLOCKS
 from jaxfp4.tensors.quantize import RoundToNearest, _fake_quantize_sharded, _quantize_sharded
 from jaxfp4.tensors.reductions import _block_amax_sharded, _global_amax_sharded
 from tensors.meshes import collectives, mesh, put
 
 W = np.random.default_rng(0).standard_normal((8, 64, 16)).astype(np.float32)
+LARGE = np.tile(W, (1, 4, 4))
+"""So many blocks that borders between codes are looked up for them."""
+BOTH_SIZES = pytest.mark.parametrize("array", [W, LARGE], ids=["few blocks", "many"])
 BLOCKS = Blocking(W.shape, (1,))
 BOTH_KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+
+
+def test_both_ways_of_coding_are_looked_at():
+    assert W.size // 16 < FEW_BLOCKS <= LARGE.size // 16
 
 
 def compiled(function, *arguments):
@@ -35,9 +43,10 @@ def test_the_search_finds_a_gather_and_a_reduction():
     [(AxisType.Explicit, P("ep", "tp")), (AxisType.Auto, P(None, "tp")), (AxisType.Auto, P(None, None, ("ep", "tp")))],
     ids=str,
 )
-def test_jitted_functions(spec, kind):
+@BOTH_SIZES
+def test_jitted_functions(array, spec, kind):
     """Called inside a jit: the compiler places them on Auto axes, our shard_map on Explicit ones."""
-    w = put(W, mesh("tp4 ep2", kind), spec)
+    w = put(array, mesh("tp4 ep2", kind), spec)
     assert collectives(compiled(lambda w: block_amax(w, 1), w)) == []
     assert collectives(compiled(global_amax, w)) == ["all-reduce"]
     assert collectives(compiled(lambda w: quantize(w, 1), w)) == ["all-reduce"]
@@ -52,8 +61,9 @@ def test_on_auto_axes_inside_jit_the_compiler_may_reduce_each_split_dimension_in
 
 
 @BOTH_KINDS
-def test_jitted_quantize_with_one_amax_per_expert_split_over_ep_only(kind):
-    w = put(W, mesh("tp2 ep4", kind), P("ep"))
+@BOTH_SIZES
+def test_jitted_quantize_with_one_amax_per_expert_split_over_ep_only(array, kind):
+    w = put(array, mesh("tp2 ep4", kind), P("ep"))
     assert collectives(compiled(lambda w: quantize(w, 1, global_amax=global_amax(w, keep_axes=(0,))), w)) == []
 
 

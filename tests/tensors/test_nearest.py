@@ -54,7 +54,7 @@ def test_every_value_of_16_bits_under_scales_of_every_exponent(dtype, global_sca
     [(1, 1, jnp.float32), (1, 2, jnp.bfloat16), (3, 1, jnp.bfloat16), (3, 2, jnp.float16), (300, 2, jnp.float32)],
 )
 def test_global_scales_of_experts(count, axis, dtype):
-    """Few have a table of all block scales, and many for few blocks have not."""
+    """One has a table of all block scales, several have not."""
     rng = np.random.default_rng(count)
     blocks = jnp.asarray(rng.normal(size=(count, 16, 40 if count == 300 else 512)), dtype).swapaxes(1, axis)
     scales = jnp.asarray(rng.integers(1, 127, (count, 1, blocks.shape[3 - axis])), jnp.uint8).swapaxes(1, axis)
