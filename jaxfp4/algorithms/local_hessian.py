@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from jaxfp4.algorithms.block_error import Blocks, Error, Grid, search
+from jaxfp4.algorithms.block_error import Blocks, search
 from jaxfp4.formats import BLOCK_SIZE, exact
+from jaxfp4.formats.squared_error import Error, Grid
 
 DAMPING = 0.01
 ALL_ZERO = 38
@@ -51,6 +53,20 @@ def local_hessian_scales(blocks: Array, global_scale: Array, axis: int, hessian:
         return _comparable(beyond * beyond * (damping * 0.999)).high
 
     return search(prepared, prepared.code.astype(jnp.int32) + ALL_ZERO, evaluate, bound)
+
+
+def hessian_table(hessian: Array, axis: int) -> Array:
+    """What `jaxfp4.kernels.hessian_search.local_hessian_scales` wants, of moments `[16, ...]` with 16 on an axis.
+
+    Row by row the lower triangle of the damped Hessian, twice what is not on its diagonal, and then the damping;
+    `[137, ...]` with size 1 on the axis.
+    """
+    scaled, damping = _damped(hessian, axis - 1)
+    rows, columns = np.tril_indices(BLOCK_SIZE)
+    factors = np.where(rows == columns, np.float32(1), np.float32(2))
+    triangle = jnp.moveaxis(scaled, axis, 1)[columns, rows]
+    triangle = triangle * lax.expand_dims(jnp.asarray(factors), range(1, triangle.ndim))
+    return jnp.concatenate([jnp.expand_dims(triangle, axis), damping[None]])
 
 
 def _damped(hessian: Array, axis: int) -> tuple[Array, Array]:
