@@ -63,6 +63,10 @@ class Grid:
         values = tuple(scale * float(value) for value in E2M1.magnitudes[1:])
         return cls(values, tuple(exact.as_float(bits) for bits in code_thresholds(scale).reached))
 
+    def up_to(self, largest: int) -> Grid:
+        """The grid for magnitudes whose codes are at most `largest`."""
+        return Grid(self.values[:largest], self.thresholds[:largest])
+
     def error(self, magnitude: Array) -> Array:
         """The exact distance to the value of the code that the magnitude gets."""
         value = jnp.zeros_like(magnitude)

@@ -133,13 +133,12 @@ def shares_of_choices(x, scale, moments, groups, found, wanted):
     return np.mean(np.asarray(found) == np.asarray(wanted)), np.max(excess) - 1
 
 
-@pytest.mark.parametrize("layout", SEARCHED)
-def test_local_hessian_search_chooses_as_plain_jax_does(layout):
+def test_local_hessian_search_chooses_as_plain_jax_does():
     """But for near ties of float sums."""
-    groups = LAYOUTS[layout]
+    groups = LAYOUTS["last axis"]
     moments = moments_of(groups)
     for kind in ("normal", "heavy", "ties"):
-        x, scale = drawn(groups, kind, DTYPES[layout])
+        x, scale = drawn(groups, kind, jnp.bfloat16)
         found = in_kernel(x, scale, moments, groups, HESSIAN, interpret=True)
         wanted = in_plain_jax(x, scale, moments, groups, local_hessian_scales)
         equal, excess = shares_of_choices(x, scale, moments, groups, found, wanted)
@@ -196,10 +195,10 @@ def test_searches_lower_for_cuda_without_a_gpu(choice, layout):
 
 
 CASES = {
-    "first axis": ((512, 384), (0,), None),
-    "last axis": ((96, 2048), (1,), None),
-    "experts, first axis": ((4, 64, 128), (1,), (0,)),
-    "experts, last axis": ((4, 96, 64), (2,), None),
+    "first axis": ((512, 384), (0,), None, jnp.bfloat16),
+    "last axis": ((96, 2048), (1,), None, jnp.float32),
+    "experts, first axis": ((4, 64, 128), (1,), (0,), jnp.float16),
+    "experts, last axis": ((4, 96, 64), (2,), None, jnp.bfloat16),
 }
 
 
@@ -208,7 +207,7 @@ CASES = {
 @pytest.mark.parametrize("scales", [WeightedMse(), LocalHessian()], ids=["weighted", "hessian"])
 def test_quantizer_of_the_gpu_chooses_as_that_of_the_cpu(case, scales):
     """Through the quantizer, so that on the GPU the kernel runs."""
-    shape, axes, keep = CASES[case]
+    shape, axes, keep, dtype = CASES[case]
     rng = np.random.default_rng(5)
     contraction = shape[axes[0]]
     entries = 1 if isinstance(scales, WeightedMse) else 16
@@ -221,7 +220,7 @@ def test_quantizer_of_the_gpu_chooses_as_that_of_the_cpu(case, scales):
     beside = [n if a in axes or (len(shape) == 3 and a == 0) else 1 for a, n in enumerate(shape)]
     moments = products.reshape(entries, *beside).astype(np.float32)
     encoder = encoder_for(Method(scales))
-    for kind, dtype in zip(KINDS, 3 * (jnp.bfloat16, jnp.float32, jnp.float16), strict=True):
+    for kind in KINDS:
         w = hostile(kind, shape, dtype)
         amax = np.abs(w.astype(np.float32)).max(tuple(range(1, len(shape))) if keep else None, keepdims=bool(keep))
 
