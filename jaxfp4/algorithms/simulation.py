@@ -39,12 +39,12 @@ def quantized(apply_fn: ApplyFn, plan: Plan) -> Callable[..., Any]:
     schemes = {entry.weight.leaf: entry.scheme for entry in plan.quantized}
 
     def replace_activation(meeting: Meeting) -> Array:
-        activation = meeting.rotated(_pre_scaled(meeting))
+        activation, scale = _pre_scaled(meeting), meeting.weight.scale("input_scale")
+        if schemes[meeting.leaf] is Scheme.W4A4:
+            return quantize_activation(meeting, activation, scale)
         if schemes[meeting.leaf] is Scheme.W8A8:
-            return fake_quantize_fp8(activation, meeting.weight.scale("input_scale"))
-        if schemes[meeting.leaf] is not Scheme.W4A4:
-            return activation
-        return quantize_activation(activation, meeting.activation_dimensions, meeting.weight.scale("input_scale"))
+            return fake_quantize_fp8(meeting.rotated(activation), scale)
+        return meeting.rotated(activation)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(one_device: bool, qparams: Any, *args: Any) -> Any:
@@ -85,8 +85,10 @@ def _pre_scaled(meeting: Meeting) -> Array:
     return (activation * jax.lax.expand_dims(factors, others)).astype(activation.dtype)
 
 
-def quantize_activation(x: Array, dimensions: tuple[int, ...], scale: Array | None) -> Array:
-    """Fake-quantized along `dimensions`, flattened in this order, which is that of the weight."""
+def quantize_activation(meeting: Meeting, x: Array, scale: Array | None) -> Array:
+    """An activation of a meeting rotated as the weight is and fake-quantized, in the weight's order of axes."""
+    dimensions, rotation = meeting.activation_dimensions, meeting.weight.rotation
     if scale is None:
-        return along(x, dimensions, fake_quantize)
-    return along(x, dimensions, lambda moved, axes: fake_quantize_with_scale(moved, axes, scale))
+        return along(meeting.rotated(x), dimensions, fake_quantize)
+    with_scale = functools.partial(fake_quantize_with_scale, global_scale=scale, rotation=rotation)
+    return along(x, dimensions, with_scale)

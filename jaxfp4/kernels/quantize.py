@@ -29,6 +29,24 @@ KernelScales = Callable[[Values, Context], Scales]
 
 
 @dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What happens to the values of blocks between loading and quantizing them."""
+
+    apply: Callable[[Values], Values]
+    """From values in the dtype of the array to those to be quantized, in some float dtype."""
+    across: bool
+    """Whether it computes across the values of a block."""
+
+    def whole_in_thread(self, launch: Launch) -> bool:
+        """Whether a thread is better given whole blocks: if there is one for each."""
+        return self.across and launch.blocks >= _THREADS_OF_WARP * launch.warps
+
+
+AS_THEY_ARE = Preparation(lambda values: values, across=False)
+_THREADS_OF_WARP = 32
+
+
+@dataclasses.dataclass(frozen=True)
 class Tuning:
     """Launches by geometry; measured on an H200."""
 
@@ -62,51 +80,74 @@ def _bits(x: Array) -> Array:
     return exact.as_bits(exact.to_float32(x))
 
 
-def block_amax_blocks(x: Array, geometry: Geometry, *, interpret: bool = False) -> Array:
-    """The largest magnitudes, float32 `[outer, blocks, 1, inner]`, of `x [outer, blocks, 16, inner]`."""
+def block_amax_blocks(
+    x: Array, geometry: Geometry, *, prepare: Preparation = AS_THEY_ARE, interpret: bool = False
+) -> Array:
+    """The largest magnitudes, float32 `[outer, blocks, 1, inner]`, of `x [outer, blocks, 16, inner]`, prepared."""
 
     def body(inputs: Sequence[Values], _: Sequence[Array]) -> tuple[Tiles]:
-        return ((exact.as_float(amax_bits(inputs[0].map(_bits))),),)
+        return ((exact.as_float(amax_bits(prepare.apply(inputs[0]).map(_bits))),),)
 
     launch = SIMULATING.launch(geometry)
-    return visit(body, [x], None, geometry, (Part(1, jnp.float32),), launch, interpret=interpret)[0]
+    whole = prepare.whole_in_thread(launch)
+    parts = (Part(1, jnp.float32),)
+    return visit(body, [x], None, geometry, parts, launch, whole_in_thread=whole, interpret=interpret)[0]
 
 
 def quantize_blocks(
-    x: Array, global_scale: Array, geometry: Geometry, choose: KernelScales, tuning: Tuning, *, interpret: bool = False
+    x: Array,
+    global_scale: Array,
+    geometry: Geometry,
+    choose: KernelScales,
+    tuning: Tuning,
+    *,
+    prepare: Preparation = AS_THEY_ARE,
+    interpret: bool = False,
 ) -> tuple[Array, Array]:
     """`(packed uint8 [outer, blocks, 8, inner], E4M3 codes uint8 [outer, blocks, 1, inner])`.
 
-    Of `x [outer, blocks, 16, inner]` under float32 global scales `[outer]`.
+    Of `x [outer, blocks, 16, inner]`, prepared, under float32 global scales `[outer]`.
     """
     arithmetic = EMULATED if interpret else PTX
 
     def body(inputs: Sequence[Values], constants: Sequence[Array]) -> tuple[Tiles, Tiles]:
         prepared = Prepared(*constants)
-        values = inputs[0].map(_bits)
+        changed = prepare.apply(inputs[0])
+        values = changed.map(_bits)
         scales = choose(values, Context(prepared, arithmetic))
-        coder = Coder.of(scales, prepared, arithmetic, x.dtype)
+        coder = Coder.of(scales, prepared, arithmetic, changed.dtype)
         return values.map(coder.encode).packed(), (scales.codes,)
 
     parts = (Part(BLOCK_SIZE // 2, jnp.uint8), Part(1, jnp.uint8))
-    constants = Prepared.of(global_scale).stacked()
-    packed, scales = visit(body, [x], constants, geometry, parts, tuning.launch(geometry), interpret=interpret)
+    constants, launch = Prepared.of(global_scale).stacked(), tuning.launch(geometry)
+    whole = prepare.whole_in_thread(launch)
+    packed, scales = visit(body, [x], constants, geometry, parts, launch, whole_in_thread=whole, interpret=interpret)
     return packed, scales
 
 
-def fake_quantize_blocks(x: Array, global_scale: Array, geometry: Geometry, *, interpret: bool = False) -> Array:
-    """`x [outer, blocks, 16, inner]` quantized under max scales and dequantized, in its own dtype."""
+def fake_quantize_blocks(
+    x: Array,
+    global_scale: Array,
+    geometry: Geometry,
+    *,
+    prepare: Preparation = AS_THEY_ARE,
+    interpret: bool = False,
+) -> Array:
+    """`x [outer, blocks, 16, inner]`, prepared, quantized under max scales and dequantized, in the dtype of `x`."""
     arithmetic = EMULATED if interpret else PTX
 
     def body(inputs: Sequence[Values], constants: Sequence[Array]) -> tuple[Values]:
         prepared = Prepared(*constants)
-        values = inputs[0].map(_bits)
+        changed = prepare.apply(inputs[0])
+        values = changed.map(_bits)
         scales = max_scales(values, Context(prepared, arithmetic))
-        coder = Coder.of(scales, prepared, arithmetic, x.dtype)
+        coder = Coder.of(scales, prepared, arithmetic, changed.dtype)
         return (values.map(coder.round_trip),)
 
     constants, parts = Prepared.of(global_scale).stacked(), (Part(BLOCK_SIZE, x.dtype),)
-    return visit(body, [x], constants, geometry, parts, SIMULATING.launch(geometry), interpret=interpret)[0]
+    launch = SIMULATING.launch(geometry)
+    whole = prepare.whole_in_thread(launch)
+    return visit(body, [x], constants, geometry, parts, launch, whole_in_thread=whole, interpret=interpret)[0]
 
 
 def dequantize_blocks(

@@ -14,8 +14,10 @@ from jax import Array, lax
 from jaxfp4.formats import BLOCK_SIZE
 from jaxfp4.kernels.blocks import Geometry
 from jaxfp4.kernels.quantize import (
+    AS_THEY_ARE,
     ROUNDING,
     KernelScales,
+    Preparation,
     Tuning,
     block_amax_blocks,
     dequantize_blocks,
@@ -23,6 +25,7 @@ from jaxfp4.kernels.quantize import (
     max_scales,
     quantize_blocks,
 )
+from jaxfp4.kernels.rotation import rotation
 from jaxfp4.tensors.blocks import Blocking
 from jaxfp4.tensors.mesh import all_axes_are_manual, varying_as
 
@@ -80,8 +83,18 @@ def _shaped(x: Array, geometry: Geometry, entries: int) -> Array:
     return x.reshape(geometry.outer, geometry.blocks, entries, geometry.inner)
 
 
+def rotated_blocks(dtype: jax.typing.DTypeLike, rotated: bool) -> Preparation:
+    """Blocks multiplied by the Hadamard matrix and rounded to a dtype, or left as they are."""
+    return rotation(np.dtype(dtype)) if rotated else AS_THEY_ARE
+
+
 def quantize(
-    w: Array, global_scale: Array, blocking: Blocking, geometry: Geometry, kernel: Kernel
+    w: Array,
+    global_scale: Array,
+    blocking: Blocking,
+    geometry: Geometry,
+    kernel: Kernel,
+    prepare: Preparation = AS_THEY_ARE,
 ) -> tuple[Array, Array]:
     """`(packed, scales as uint8)` in the axis order of `w`, whose blocks are one after the other."""
     blocks = blocking.to_blocks(w)
@@ -92,6 +105,7 @@ def quantize(
         geometry,
         kernel.choose,
         kernel.tuning,
+        prepare=prepare,
     )
     rest = shape[axis + 2 :]
     return packed.reshape(*shape[:axis], shape[axis] * (BLOCK_SIZE // 2), *rest), scales.reshape(
@@ -99,20 +113,22 @@ def quantize(
     )
 
 
-def block_amax(x: Array, blocking: Blocking) -> Array:
+def block_amax(x: Array, blocking: Blocking, prepare: Preparation = AS_THEY_ARE) -> Array:
     """The largest magnitude of each block, the axis of blocks in the place of that of values."""
     blocks = blocking.to_blocks(x)
     shape, axis = blocks.shape, blocking.axis
     geometry = Geometry(1, math.prod(shape[: axis + 1]), math.prod(shape[axis + 2 :]))
-    amaxes = block_amax_blocks(_shaped(blocks, geometry, BLOCK_SIZE), geometry)
+    amaxes = block_amax_blocks(_shaped(blocks, geometry, BLOCK_SIZE), geometry, prepare=prepare)
     return amaxes.reshape(*shape[: axis + 1], *shape[axis + 2 :])
 
 
-def fake_quantize(x: Array, global_scale: Array, blocking: Blocking, geometry: Geometry) -> Array:
+def fake_quantize(
+    x: Array, global_scale: Array, blocking: Blocking, geometry: Geometry, prepare: Preparation = AS_THEY_ARE
+) -> Array:
     """Quantized with max scales and dequantized, in the shape and dtype of `x`."""
     blocks = blocking.to_blocks(x)
     values = fake_quantize_blocks(
-        _shaped(blocks, geometry, BLOCK_SIZE), _scales_for(geometry, global_scale, x), geometry
+        _shaped(blocks, geometry, BLOCK_SIZE), _scales_for(geometry, global_scale, x), geometry, prepare=prepare
     )
     return blocking.from_blocks(values.reshape(blocks.shape))
 
