@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxfp4.algorithms.activation_rounding import quantize_activation
 from jaxfp4.algorithms.calibration import Stats, calibrate, refuse_non_finite, tracked_progress
 from jaxfp4.algorithms.channels import fold_channel_scales
 from jaxfp4.algorithms.inputs import leaves_for, marks_for, tracked_weight
 from jaxfp4.algorithms.quantization import quantize_weights
-from jaxfp4.algorithms.simulation import quantize_activation
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.recipes.recipe import Scheme
 from jaxfp4.tensors import NVFP4Tensor, QuantizedTensor, QuantizedWeight

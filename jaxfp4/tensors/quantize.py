@@ -163,6 +163,21 @@ def quantize_unchecked(
     return NVFP4Tensor(packed, scales, global_scale, axes, sizes, dtype)
 
 
+def quantize_with_scale(x: Array, axis: int, global_scale: Array, *, rotation: int = 0) -> NVFP4Tensor:
+    """The codes behind `fake_quantize_with_scale`, of an array on one device.
+
+    With a `rotation` they are of `hadamard(x, axis, rotation)`, in the dtype of `x`.
+    """
+    x = as_float_array(x)
+    blocking = Blocking(x.shape, normalize_axes(axis, x.ndim))
+    refuse_cut_blocks(x, blocking)
+    if rotation:
+        x = hadamard(x, blocking.axes, rotation)
+    packed, scales = _encoded(x, global_scale, None, blocking, NEAREST, False, accelerated.can_run(x))
+    (axis,) = blocking.axes
+    return NVFP4Tensor(packed, scales, global_scale, (axis - x.ndim,), (x.shape[axis],), x.dtype)
+
+
 def fake_quantize(x: Array, axis: int | Sequence[int] = -1, *, global_amax: Array | float | None = None) -> Array:
     """`quantize(x, axis, global_amax=global_amax).dequantize()`, bit for bit, with the gradient of the identity.
 
@@ -245,6 +260,21 @@ def _quantize(
     kernels: bool,
 ) -> tuple[Array, Array, Array]:
     global_scale = nvfp4.global_scale(amax, divisor)
+    packed, scales = _encoded(w, global_scale, moments, blocking, encoder, rotated, kernels)
+    return packed, scales, global_scale
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _encoded(
+    w: Array,
+    global_scale: Array,
+    moments: Array | None,
+    blocking: Blocking,
+    encoder: Encoder,
+    rotated: bool,
+    kernels: bool,
+) -> tuple[Array, Array]:
+    """Packed codes and E4M3 scales."""
 
     def plain(w: Array, global_scale: Array) -> tuple[Array, Array]:
         w = rotated_blocks(exact.to_float32(w), blocking) if rotated else w
@@ -264,7 +294,7 @@ def _quantize(
         packed, scales = lax.platform_dependent(w, global_scale, cuda=fast, default=plain)
     else:
         packed, scales = plain(w, global_scale)
-    return packed, lax.bitcast_convert_type(scales, jnp.float8_e4m3fn), global_scale
+    return packed, lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
