@@ -64,8 +64,7 @@ def tracked_weight(entry: PlannedWeight, value: Any) -> Tracked:
     stack = {a: weight.shape[a] for a in weight.stack_axes}
     view = whole(weight.leaf, weight.shape)
     if not isinstance(value, QuantizedWeight):
-        rotation = 0 if entry.method.rotation is None else entry.method.rotation.size
-        return Tracked(value, view, stack, weight.layer_axes, {}, rotation)
+        return Tracked(value, view, stack, weight.layer_axes, {}, entry.method.rotated)
     scales = {"input_scale": value.input_scale, "pre_scale": value.pre_scale}
     if value.cache is not None:
         scales |= {amax_name("keys"): value.cache.keys, amax_name("values"): value.cache.values}

@@ -1,8 +1,11 @@
-"""Contractions of packed weights with few rows, by the kernel that reads the weight as it is packed."""
+"""Contractions of packed weights: which of them are products of matrices, and few rows by the kernel that reads the
+weight as it is packed.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,44 +33,82 @@ def packed_product(meeting: Meeting, activation: Array, eqn: JaxprEqn) -> Array 
     leading batch of experts, and an activation of few rows. On other platforms, under `vmap` and in derivatives it is
     the contraction with the dequantized weight. The arrays must be on one device.
     """
-    tensor = meeting.weight.value
-    if not isinstance(tensor, NVFP4Tensor) or not _is_small_product(meeting, tensor, activation, eqn):
+    product = product_of(meeting, activation, eqn)
+    if product is None or product.rows > MOST_ROWS:
         return None
-    product = _Product(tensor, meeting, eqn)
-    codes = lax.bitcast_convert_type(tensor.scales, jnp.uint8)
-    return _differentiable(product)(activation, tensor.packed, codes, tensor.global_scale)
+    return differentiable(product.plain, functools.partial(_by_kernel, product))(activation, *product.arrays)
 
 
-def _is_small_product(meeting: Meeting, tensor: NVFP4Tensor, activation: Array, eqn: JaxprEqn) -> bool:
-    contraction = meeting.contraction
-    if eqn.primitive.name != "dot_general" or eqn.params["out_sharding"] is not None:
-        return False
+def _by_kernel(product: Product, activation: Array, packed: Array, codes: Array, global_scale: Array) -> Array:
+    result = packed_matmul(
+        product.matrix(activation),
+        packed,
+        codes,
+        product.by_expert(global_scale),
+        contraction_last=product.tensor.axes[0] == -1,
+        out_dtype=product.out.dtype,
+    )
+    return product.result(result)
+
+
+def product_of(meeting: Meeting, activation: Array, eqn: JaxprEqn) -> Product | None:
+    """A contraction as a product of matrices, if it is one of a large packed weight; None for others.
+
+    It is of a weight that is still packed, along its one contraction axis and at most with a leading batch of experts.
+    """
+    tensor, contraction = meeting.weight.value, meeting.contraction
+    if not isinstance(tensor, NVFP4Tensor) or eqn.primitive.name != "dot_general":
+        return None
     experts = tensor.ndim - 2
     if experts not in (0, 1) or [w for w, _ in contraction.batched] != list(range(experts)):
-        return False
+        return None
     if len(tensor.axes) != 1 or contraction.weight_contracted != (tensor.ndim + tensor.axes[0],):
-        return False
+        return None
     if tensor.sizes[0] % BLOCK_SIZE or activation.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return False
-    used = math.prod(activation.shape[d] for d in _activation_dimensions(meeting))
-    rows = activation.size // used if used else 0
-    large = math.prod(tensor.shape) >= SMALLEST_WEIGHT
+        return None
     scales = (1, tensor.shape[0]) if experts else (1,)
-    return large and 0 < rows <= MOST_ROWS and tensor.global_scale.size in scales
-
-
-def _activation_dimensions(meeting: Meeting) -> tuple[int, ...]:
-    """The activation's batched and contracted dimensions."""
-    return tuple(a for _, a in (*meeting.contraction.batched, *meeting.contraction.contracted))
+    if tensor.global_scale.size not in scales or eqn.params["out_sharding"] is not None:
+        return None
+    product = Product(tensor, meeting, eqn, activation.shape)
+    return product if product.rows and math.prod(tensor.shape) >= SMALLEST_WEIGHT else None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Product:
-    """The contraction as a function of the activation and the weight's arrays, in two forms."""
+class Product:
+    """A contraction of a packed weight `[K, N]` or `[N, K]` with rows `[M, K]`, or all with a leading axis of experts.
+
+    The rows are all free dimensions of the activation.
+    """
 
     tensor: NVFP4Tensor
     meeting: Meeting
     eqn: JaxprEqn
+    shape: tuple[int, ...]
+    """Of the activation."""
+
+    @property
+    def _used(self) -> tuple[int, ...]:
+        """The activation's batched and contracted dimensions."""
+        return tuple(a for _, a in (*self.meeting.contraction.batched, *self.meeting.contraction.contracted))
+
+    @property
+    def _experts(self) -> list[int]:
+        return [self.shape[d] for d in self._used[:-1]]
+
+    @property
+    def rows(self) -> int:
+        """How many there are, of each expert."""
+        return math.prod(n for d, n in enumerate(self.shape) if d not in self._used)
+
+    @property
+    def out(self) -> Any:
+        """The type of the result."""
+        return self.eqn.outvars[0].aval
+
+    @property
+    def arrays(self) -> tuple[Array, Array, Array]:
+        """The weight's codes, scales as uint8 and global scale."""
+        return self.tensor.packed, lax.bitcast_convert_type(self.tensor.scales, jnp.uint8), self.tensor.global_scale
 
     def plain(self, activation: Array, packed: Array, codes: Array, global_scale: Array) -> Array:
         """The equation as the model has it, with the dequantized weight."""
@@ -78,40 +119,37 @@ class _Product:
         (result,) = jaxprs.bind(self.eqn, operands)
         return result
 
-    def packed(self, activation: Array, packed: Array, codes: Array, global_scale: Array) -> Array:
-        """By the kernel. The rows of x are all free dimensions of the activation."""
-        used = _activation_dimensions(self.meeting)
-        batch, last = used[:-1], used[-1]
-        free = [d for d in range(activation.ndim) if d not in used]
-        experts = [activation.shape[d] for d in batch]
-        rows = [activation.shape[d] for d in free]
-        x = jnp.transpose(activation, [*batch, *free, last]).reshape(*experts, math.prod(rows), -1)
-        global_scale = jnp.broadcast_to(global_scale.reshape(-1), experts) if experts else global_scale.reshape(())
-        out: Any = self.eqn.outvars[0].aval
-        result = packed_matmul(
-            x,
-            packed,
-            codes,
-            global_scale,
-            contraction_last=self.tensor.axes[0] == -1,
-            out_dtype=out.dtype,
-        )
+    def matrix(self, activation: Array) -> Array:
+        """The activation as `[M, K]` or `[E, M, K]`."""
+        batch, last = self._used[:-1], self._used[-1]
+        free = [d for d in range(activation.ndim) if d not in self._used]
+        return jnp.transpose(activation, [*batch, *free, last]).reshape(*self._experts, self.rows, -1)
+
+    def by_expert(self, global_scale: Array) -> Array:
+        """The weight's global scale `[]` or `[E]`."""
+        return jnp.broadcast_to(global_scale.reshape(-1), self._experts) if self._experts else global_scale.reshape(())
+
+    def result(self, matrix: Array) -> Array:
+        """The contraction's result from `[M, N]` or `[E, M, N]`."""
         if self.meeting.contraction.weight == 0:
-            result = jnp.swapaxes(result, -1, -2)
-        return result.reshape(out.shape)
+            matrix = jnp.swapaxes(matrix, -1, -2)
+        return matrix.reshape(self.out.shape)
 
 
-def _differentiable(product: _Product) -> Callable[..., Array]:
-    """The product with the derivatives of its plain form, which also serves under vmap."""
+def differentiable(plain: Callable[..., Array], cuda: Callable[..., Array]) -> Callable[..., Array]:
+    """`cuda` on NVIDIA GPUs; on others, under vmap and in derivatives `plain`.
+
+    Both are functions of the activation, the weight's packed codes, scales and global scale, and maybe more.
+    """
 
     @jax.custom_batching.custom_vmap
     def by_platform(*operands: Array) -> Array:
-        return lax.platform_dependent(*operands, cuda=product.packed, default=product.plain)
+        return lax.platform_dependent(*operands, cuda=cuda, default=plain)
 
     @by_platform.def_vmap
     def batched(axis_size: int, in_batched: list[bool], *operands: Array) -> tuple[Array, bool]:
         axes = [0 if b else None for b in in_batched]
-        return jax.vmap(product.plain, axes, axis_size=axis_size)(*operands), True
+        return jax.vmap(plain, axes, axis_size=axis_size)(*operands), True
 
     @jax.custom_jvp
     def multiply(*operands: Array) -> Array:
@@ -120,15 +158,13 @@ def _differentiable(product: _Product) -> Callable[..., Array]:
     def derivative(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
         result = multiply(*primals)
         tangent = jnp.zeros_like(result)
-        for place in (0, 3):  # the activation and the global scale: the others are codes
+        # The activation and the global scale: others are codes, or scales that have no derivative.
+        for place in (0, 3):
             if isinstance(tangents[place], SymbolicZero):
                 continue
 
             def along(operand: Array, place: int = place) -> Array:
-                activation, packed, codes, global_scale = primals
-                if place == 0:
-                    return product.plain(operand, packed, codes, global_scale)
-                return product.plain(activation, packed, codes, operand)
+                return plain(*primals[:place], operand, *primals[place + 1 :])
 
             tangent = tangent + jax.jvp(along, (primals[place],), (tangents[place],))[1]
         return result, tangent

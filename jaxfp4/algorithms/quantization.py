@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -23,7 +22,6 @@ from jaxfp4.formats import LeafError
 from jaxfp4.formats.errors import leaf as naming_leaf
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.tensors import QuantizedWeight, global_amax, quantize_fp8, quantize_unchecked
-from jaxfp4.tensors.hadamard import hadamard
 
 
 def quantize_params(params: Any, plan: Plan, stats: Mapping[str, Any] | None = None, *, donate: bool = False) -> Any:
@@ -86,11 +84,10 @@ def quantize_weights(
     scales, caches = input_scales(plan, used), cache_amaxes(plan, used)
     quantized: dict[str, QuantizedWeight] = {}
     for group in _sibling_groups(plan):
-        rotated = {e.path: _rotated(e, arrays[e.path]) for e in group}
-        amaxes = shared_amaxes(plan, group, rotated)
+        amaxes = shared_amaxes(plan, group, arrays)
         divisor = min(e.method.scales.divisor for e in group)
         for entry in group:
-            weight = _quantized(plan, entry, rotated[entry.path], amaxes[entry.path], divisor, used)
+            weight = _quantized(plan, entry, arrays[entry.path], amaxes[entry.path], divisor, used)
             quantized[entry.path] = dataclasses.replace(
                 weight, input_scale=scales.get(entry.path), cache=caches.get(entry.path)
             )
@@ -98,7 +95,6 @@ def quantize_weights(
             done = {e.path: quantized[e.path] for e in group}
             jax.block_until_ready(done)
             _refuse_non_finite(arrays, done)
-            del rotated
             release(group)
     if release is None:
         _refuse_non_finite(arrays, quantized)
@@ -124,17 +120,10 @@ def _quantized(
             divisor=divisor,
             encoder=encoder_for(method),
             moments=moments,
+            rotation=method.rotated,
         )
     tensor = dataclasses.replace(tensor, dtype=np.dtype(entry.weight.dtype))
-    return QuantizedWeight(tensor, rotation=0 if method.rotation is None else method.rotation.size)
-
-
-def _rotated(entry: PlannedWeight, w: Array) -> Array:
-    """The weight to quantize: with a rotation, in float32 so that nothing is rounded twice."""
-    if entry.method.rotation is None:
-        return w
-    with naming_leaf(entry.path):
-        return hadamard(w.astype(jnp.float32), entry.weight.contracted, entry.method.rotation.size)
+    return QuantizedWeight(tensor, rotation=method.rotated)
 
 
 def _sibling_groups(plan: Plan) -> list[tuple[PlannedWeight, ...]]:

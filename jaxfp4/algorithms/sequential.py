@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxfp4.algorithms.activation_rounding import quantize_activation
 from jaxfp4.algorithms.calibration import Stats, calibrate, refuse_non_finite, tracked_progress
 from jaxfp4.algorithms.channels import fold_channel_scales
 from jaxfp4.algorithms.inputs import leaves_for, marks_for, tracked_weight
 from jaxfp4.algorithms.quantization import quantize_weights
-from jaxfp4.algorithms.simulation import quantize_activation
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.recipes.recipe import Scheme
 from jaxfp4.tensors import NVFP4Tensor, QuantizedTensor, QuantizedWeight
@@ -145,11 +145,13 @@ def _observer(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observe:
         done = meeting.weight.scale("done")
         if done is None:
             return meeting.activation
-        activation, scale = meeting.rotated(meeting.activation), meeting.weight.scale("input_scale")
+        activation, scale = meeting.activation, meeting.weight.scale("input_scale")
         if by_leaf[meeting.leaf].scheme is Scheme.W4A4:
             # A layer that is not done yet has scale 0, and its activation is not used.
             scale = None if scale is None else jnp.where(done > 0, scale, 1.0)
-            activation = quantize_activation(activation, meeting.activation_dimensions, scale)
+            activation = quantize_activation(meeting, activation, scale)
+        else:
+            activation = meeting.rotated(activation)
         return jnp.where(done > 0, activation, meeting.activation)
 
     @functools.partial(jax.jit, static_argnums=0)

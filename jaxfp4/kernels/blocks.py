@@ -51,8 +51,9 @@ class Part:
 
 
 Tiles = tuple[Array, ...]
-"""Entries of some blocks. Where blocks are minor one array `[T, entries]`, elsewhere an array `[T]` for each entry, so
-that all of a block is in one thread. What is one of each block is `[T, 1]` or `[T]`, and so broadcasts."""
+"""Entries of some blocks. Where blocks are minor one array `[T, entries]`, or several with consecutive ones; elsewhere
+an array `[T]` for each entry, so that all of a block is in one thread. What is one of each block is `[T, 1]` or `[T]`,
+and so broadcasts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Values:
 
     even: Tiles
     odd: Tiles
+
+    @property
+    def dtype(self) -> Any:
+        """Of all arrays."""
+        return self.even[0].dtype
 
     def map(self, function: Callable[[Array], Array]) -> Values:
         """The function of each array."""
@@ -88,12 +94,17 @@ def visit(
     parts: Sequence[Part],
     launch: Launch,
     *,
+    whole_in_thread: bool = False,
     interpret: bool = False,
 ) -> list[Array]:
     """`body` of all blocks.
 
     Inputs and outputs are `[outer, blocks, entries, inner]`; `constants` is float32 `[outer, C]` or None, and the
     body gets the C scalars of its part. Inside a shard_map all of them vary over the same mesh axes.
+
+    `whole_in_thread` is for a body that computes across the values of a block: where blocks are minor their values come
+    in tiles of 16 bytes, the most that a thread loads at once, so that one thread has all of a block. It wants at
+    least as many blocks as threads.
     """
     minor = geometry.is_minor
     rows = geometry.outer if minor else geometry.outer * geometry.blocks
@@ -111,7 +122,8 @@ def visit(
         row, column = pl.program_id(0) // columns, pl.program_id(0) % columns
         outer = row if minor else row // geometry.blocks
         inside = None if length % width == 0 else column * width + jnp.arange(width) < length
-        access = (_Minor if minor else Strided)(inside, row, pl.ds(column * width, width))
+        span = pl.ds(column * width, width)
+        access = _Minor(inside, row, span, whole_in_thread) if minor else Strided(inside, row, span)
         tiles = [access.load(ref, x.shape[2], x.dtype) for ref, x in zip(array_refs, inputs, strict=False)]
         scalars = [ref[outer, i] for ref in constants_refs for i in range(ref.shape[1])]
         for ref, result in zip(array_refs[len(inputs) :], body(tiles, scalars), strict=True):
@@ -146,18 +158,26 @@ class _Minor(_Access):
 
     row: Array
     span: Any
+    whole_in_thread: bool
 
     def _mask(self, entries: int) -> Array | None:
         return None if self.inside is None else jnp.broadcast_to(self.inside[:, None], (self.inside.size, entries))
 
     def load(self, ref: Any, entries: int, dtype: Any) -> Any:
-        tile = triton.load(ref.at[self.row, self.span, :], mask=self._mask(entries), other=self._outside(ref))
-        tile = _as_values(tile, dtype)
-        return _split(tile) if entries == BLOCK_SIZE else (tile,)
+        width = _BYTES_AT_ONCE // ref.dtype.itemsize if self.whole_in_thread and entries == BLOCK_SIZE else entries
+        mask, other = self._mask(width), self._outside(ref)
+        places = (ref.at[self.row, self.span, pl.ds(first, width)] for first in range(0, entries, width))
+        tiles = tuple(_as_values(triton.load(place, mask=mask, other=other), dtype) for place in places)
+        return _split(tiles) if entries == BLOCK_SIZE else tiles
 
     def store(self, ref: Any, result: Any) -> None:
-        tile = _interleaved(result) if isinstance(result, Values) else result[0]
-        triton.store(ref.at[self.row, self.span, :], tile.astype(ref.dtype), mask=self._mask(tile.shape[1]))
+        tiles = _interleaved(result) if isinstance(result, Values) else tuple(result)
+        while len(tiles) > 1 and 2 * tiles[0].shape[1] * ref.dtype.itemsize <= _BYTES_AT_ONCE:
+            tiles = tuple(_joined(a, b, 1) for a, b in zip(tiles[::2], tiles[1::2], strict=True))
+        width = tiles[0].shape[1]
+        for i, tile in enumerate(tiles):
+            place = ref.at[self.row, self.span, pl.ds(i * width, width)]
+            triton.store(place, tile.astype(ref.dtype), mask=self._mask(width))
 
 
 class BlockEach(_Access, abc.ABC):
@@ -204,24 +224,36 @@ def _as_values(tile: Array, dtype: Any) -> Array:
 
 
 _HALVES = (jnp.bfloat16, jnp.float16)
+_BYTES_AT_ONCE = 16
+"""The most that one instruction of a thread loads or stores."""
 
 
-def _split(tile: Array) -> Values:
-    """The halves of `[T, 16]`. Which entries are even is known when compiling, so nothing is computed."""
+def _split(tiles: Tiles) -> Values:
+    """The even and the odd entries of each tile."""
+    even, odd = zip(*map(_halves, tiles), strict=True)
+    return Values(even, odd)
+
+
+def _halves(tile: Array) -> tuple[Array, Array]:
+    """The halves of `[T, 2n]`. Which entries are even is known when compiling, so nothing is computed."""
     pairs = tile.reshape(tile.shape[0], -1, 2)
     is_odd = lax.broadcasted_iota(jnp.int32, pairs.shape, 2) == 1
     bits = lax.bitcast_convert_type(pairs, f"uint{8 * tile.dtype.itemsize}")
     even, odd = (jnp.sum(jnp.where(is_odd == half, bits, 0), 2, dtype=bits.dtype) for half in (False, True))
-    even, odd = (lax.bitcast_convert_type(half, tile.dtype) for half in (even, odd))
-    return Values((even,), (odd,))
+    return lax.bitcast_convert_type(even, tile.dtype), lax.bitcast_convert_type(odd, tile.dtype)
 
 
-def _interleaved(values: Values) -> Array:
+def _interleaved(values: Values) -> Tiles:
     """The inverse of `_split`."""
-    size = (*values.even[0].shape, 2)
-    even, odd = (jnp.broadcast_to(lax.expand_dims(half, [2]), size) for (half,) in (values.even, values.odd))
-    is_odd = lax.broadcasted_iota(jnp.int32, size, 2) == 1
-    return jnp.where(is_odd, odd, even).reshape(size[0], -1)
+    return tuple(_joined(even, odd, 2) for even, odd in zip(values.even, values.odd, strict=True))
+
+
+def _joined(first: Array, second: Array, axis: int) -> Array:
+    """Of two arrays `[T, n]` one `[T, 2n]`, `jnp.stack` along `axis`: 1 for one behind the other, 2 for alternately."""
+    size = (*first.shape[:axis], 2, *first.shape[axis:])
+    first, second = (jnp.broadcast_to(lax.expand_dims(half, [axis]), size) for half in (first, second))
+    is_second = lax.broadcasted_iota(jnp.int32, size, axis) == 1
+    return jnp.where(is_second, second, first).reshape(size[0], -1)
 
 
 def power_of_two(n: int) -> int:

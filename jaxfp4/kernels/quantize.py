@@ -32,6 +32,24 @@ KernelScales = Callable[[Values, Context], Scales]
 
 
 @dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What happens to the values of blocks between loading and quantizing them."""
+
+    apply: Callable[[Values], Values]
+    """From values in the dtype of the array to those to be quantized, in some float dtype."""
+    across: bool
+    """Whether it computes across the values of a block."""
+
+    def whole_in_thread(self, launch: Launch) -> bool:
+        """Whether a thread is better given whole blocks: if there is one for each."""
+        return self.across and launch.blocks >= _THREADS_OF_WARP * launch.warps
+
+
+AS_THEY_ARE = Preparation(lambda values: values, across=False)
+_THREADS_OF_WARP = 32
+
+
+@dataclasses.dataclass(frozen=True)
 class Tuning:
     """Launches by geometry; measured on an H200."""
 
@@ -65,30 +83,42 @@ def _bits(x: Array) -> Array:
     return exact.as_bits(exact.to_float32(x))
 
 
-def block_amax_blocks(x: Array, geometry: Geometry, *, interpret: bool = False) -> Array:
-    """The largest magnitudes, float32 `[outer, blocks, 1, inner]`, of `x [outer, blocks, 16, inner]`."""
+def block_amax_blocks(
+    x: Array, geometry: Geometry, *, prepare: Preparation = AS_THEY_ARE, interpret: bool = False
+) -> Array:
+    """The largest magnitudes, float32 `[outer, blocks, 1, inner]`, of `x [outer, blocks, 16, inner]`, prepared."""
 
     def body(inputs: Sequence[Values], _: Sequence[Array]) -> tuple[Tiles]:
-        return ((exact.as_float(amax_bits(inputs[0].map(_bits))),),)
+        return ((exact.as_float(amax_bits(prepare.apply(inputs[0]).map(_bits))),),)
 
     launch = SIMULATING.launch(geometry)
-    return visit(body, [x], None, geometry, (Part(1, jnp.float32),), launch, interpret=interpret)[0]
+    whole = prepare.whole_in_thread(launch)
+    parts = (Part(1, jnp.float32),)
+    return visit(body, [x], None, geometry, parts, launch, whole_in_thread=whole, interpret=interpret)[0]
 
 
 def quantize_blocks(
-    x: Array, global_scale: Array, geometry: Geometry, choose: KernelScales, tuning: Tuning, *, interpret: bool = False
+    x: Array,
+    global_scale: Array,
+    geometry: Geometry,
+    choose: KernelScales,
+    tuning: Tuning,
+    *,
+    prepare: Preparation = AS_THEY_ARE,
+    interpret: bool = False,
 ) -> tuple[Array, Array]:
     """`(packed uint8 [outer, blocks, 8, inner], E4M3 codes uint8 [outer, blocks, 1, inner])`.
 
-    Of `x [outer, blocks, 16, inner]` under float32 global scales `[outer]`.
+    Of `x [outer, blocks, 16, inner]`, prepared, under float32 global scales `[outer]`.
     """
-    encode = _encoding(choose, x.dtype, interpret)
+    encode = _encoding(choose, prepare, interpret)
 
     def body(inputs: Sequence[Values], constants: Sequence[Array]) -> tuple[Tiles, Tiles]:
         return encode(inputs[0], constants, ())
 
-    constants = Prepared.of(global_scale).stacked()
-    packed, scales = visit(body, [x], constants, geometry, _ENCODED, tuning.launch(geometry), interpret=interpret)
+    constants, launch = Prepared.of(global_scale).stacked(), tuning.launch(geometry)
+    whole = prepare.whole_in_thread(launch)
+    packed, scales = visit(body, [x], constants, geometry, _ENCODED, launch, whole_in_thread=whole, interpret=interpret)
     return packed, scales
 
 
@@ -100,10 +130,11 @@ def quantize_in_groups(
     choose: KernelScales,
     launch: Launch,
     *,
+    prepare: Preparation = AS_THEY_ARE,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
     """As `quantize_blocks`, with `table`, float32 `[lead, groups, D]`, for `choose`; shapes as those of `groups`."""
-    encode = _encoding(choose, x.dtype, interpret)
+    encode = _encoding(choose, prepare, interpret)
     constants = Prepared.of(global_scale).stacked()
     packed, scales = visit_groups(encode, x, constants, table, groups, _ENCODED, launch, interpret=interpret)
     return packed, scales
@@ -113,34 +144,45 @@ _ENCODED = (Part(BLOCK_SIZE // 2, jnp.uint8), Part(1, jnp.uint8))
 
 
 def _encoding(
-    choose: KernelScales, dtype: np.dtype, interpret: bool
+    choose: KernelScales, prepare: Preparation, interpret: bool
 ) -> Callable[[Values, Sequence[Array], Sequence[Array]], tuple[Tiles, Tiles]]:
-    """`(values, global scale as prepared, table) -> (packed, scales)` of blocks that were of a dtype."""
+    """`(values, global scale as prepared, table) -> (packed, scales)`."""
     arithmetic = EMULATED if interpret else PTX
 
     def encode(values: Values, constants: Sequence[Array], table: Sequence[Array]) -> tuple[Tiles, Tiles]:
         prepared = Prepared(*constants)
-        bits = values.map(_bits)
+        changed = prepare.apply(values)
+        bits = changed.map(_bits)
         scales = choose(bits, Context(prepared, arithmetic, table))
-        coder = Coder.of(scales, prepared, arithmetic, dtype)
+        coder = Coder.of(scales, prepared, arithmetic, changed.dtype)
         return bits.map(coder.encode).packed(), (scales.codes,)
 
     return encode
 
 
-def fake_quantize_blocks(x: Array, global_scale: Array, geometry: Geometry, *, interpret: bool = False) -> Array:
-    """`x [outer, blocks, 16, inner]` quantized under max scales and dequantized, in its own dtype."""
+def fake_quantize_blocks(
+    x: Array,
+    global_scale: Array,
+    geometry: Geometry,
+    *,
+    prepare: Preparation = AS_THEY_ARE,
+    interpret: bool = False,
+) -> Array:
+    """`x [outer, blocks, 16, inner]`, prepared, quantized under max scales and dequantized, in the dtype of `x`."""
     arithmetic = EMULATED if interpret else PTX
 
     def body(inputs: Sequence[Values], constants: Sequence[Array]) -> tuple[Values]:
         prepared = Prepared(*constants)
-        values = inputs[0].map(_bits)
+        changed = prepare.apply(inputs[0])
+        values = changed.map(_bits)
         scales = max_scales(values, Context(prepared, arithmetic))
-        coder = Coder.of(scales, prepared, arithmetic, x.dtype)
+        coder = Coder.of(scales, prepared, arithmetic, changed.dtype)
         return (values.map(coder.round_trip),)
 
     constants, parts = Prepared.of(global_scale).stacked(), (Part(BLOCK_SIZE, x.dtype),)
-    return visit(body, [x], constants, geometry, parts, SIMULATING.launch(geometry), interpret=interpret)[0]
+    launch = SIMULATING.launch(geometry)
+    whole = prepare.whole_in_thread(launch)
+    return visit(body, [x], constants, geometry, parts, launch, whole_in_thread=whole, interpret=interpret)[0]
 
 
 def dequantize_blocks(

@@ -213,6 +213,11 @@ class Method:
         return ", ".join(_words(type(part).__name__) for part in parts if part is not None and part not in plain)
 
     @property
+    def rotated(self) -> int:
+        """The size of the groups of channels in which weight and activation are rotated; 0 for none."""
+        return 0 if self.rotation is None else self.rotation.size
+
+    @property
     def moments(self) -> MomentForm:
         """What it needs to know of the activation's second moments."""
         channels = MomentForm.NONE if self.channels is None else self.channels.moments

@@ -16,8 +16,10 @@ from jaxfp4.formats import BLOCK_SIZE
 from jaxfp4.kernels.blocks import Geometry
 from jaxfp4.kernels.groups import Groups
 from jaxfp4.kernels.quantize import (
+    AS_THEY_ARE,
     ROUNDING,
     KernelScales,
+    Preparation,
     Tuning,
     block_amax_blocks,
     dequantize_blocks,
@@ -26,6 +28,7 @@ from jaxfp4.kernels.quantize import (
     quantize_blocks,
     quantize_in_groups,
 )
+from jaxfp4.kernels.rotation import rotation
 from jaxfp4.tensors.blocks import Blocking
 from jaxfp4.tensors.mesh import all_axes_are_manual, varying_as
 
@@ -103,8 +106,18 @@ def _shaped(x: Array, geometry: Geometry, entries: int) -> Array:
     return x.reshape(geometry.outer, geometry.blocks, entries, geometry.inner)
 
 
+def rotated_blocks(dtype: jax.typing.DTypeLike, rotated: bool) -> Preparation:
+    """Blocks multiplied by the Hadamard matrix and rounded to a dtype, or left as they are."""
+    return rotation(np.dtype(dtype)) if rotated else AS_THEY_ARE
+
+
 def quantize(
-    w: Array, global_scale: Array, blocking: Blocking, geometry: Geometry, kernel: Kernel
+    w: Array,
+    global_scale: Array,
+    blocking: Blocking,
+    geometry: Geometry,
+    kernel: Kernel,
+    prepare: Preparation = AS_THEY_ARE,
 ) -> tuple[Array, Array]:
     """`(packed, scales as uint8)` in the axis order of `w`, whose blocks are one after the other."""
     packed, scales = quantize_blocks(
@@ -113,12 +126,19 @@ def quantize(
         geometry,
         kernel.choose,
         kernel.tuning,
+        prepare=prepare,
     )
     return _merged(packed, scales, blocking)
 
 
 def quantize_groups(
-    w: Array, global_scale: Array, blocking: Blocking, groups: Groups, table: Array, kernel: Kernel
+    w: Array,
+    global_scale: Array,
+    blocking: Blocking,
+    groups: Groups,
+    table: Array,
+    kernel: Kernel,
+    prepare: Preparation = AS_THEY_ARE,
 ) -> tuple[Array, Array]:
     """As `quantize`, by a kernel that wants `table`, as it makes it."""
     packed, scales = quantize_in_groups(
@@ -128,6 +148,7 @@ def quantize_groups(
         groups,
         kernel.choose,
         kernel.tuning.strided,
+        prepare=prepare,
     )
     return _merged(packed, scales, blocking)
 
@@ -142,20 +163,22 @@ def _merged(packed: Array, scales: Array, blocking: Blocking) -> tuple[Array, Ar
     )
 
 
-def block_amax(x: Array, blocking: Blocking) -> Array:
+def block_amax(x: Array, blocking: Blocking, prepare: Preparation = AS_THEY_ARE) -> Array:
     """The largest magnitude of each block, the axis of blocks in the place of that of values."""
     blocks = blocking.to_blocks(x)
     shape, axis = blocks.shape, blocking.axis
     geometry = Geometry(1, math.prod(shape[: axis + 1]), math.prod(shape[axis + 2 :]))
-    amaxes = block_amax_blocks(_shaped(blocks, geometry, BLOCK_SIZE), geometry)
+    amaxes = block_amax_blocks(_shaped(blocks, geometry, BLOCK_SIZE), geometry, prepare=prepare)
     return amaxes.reshape(*shape[: axis + 1], *shape[axis + 2 :])
 
 
-def fake_quantize(x: Array, global_scale: Array, blocking: Blocking, geometry: Geometry) -> Array:
+def fake_quantize(
+    x: Array, global_scale: Array, blocking: Blocking, geometry: Geometry, prepare: Preparation = AS_THEY_ARE
+) -> Array:
     """Quantized with max scales and dequantized, in the shape and dtype of `x`."""
     blocks = blocking.to_blocks(x)
     values = fake_quantize_blocks(
-        _shaped(blocks, geometry, BLOCK_SIZE), _scales_for(geometry, global_scale, x), geometry
+        _shaped(blocks, geometry, BLOCK_SIZE), _scales_for(geometry, global_scale, x), geometry, prepare=prepare
     )
     return blocking.from_blocks(values.reshape(blocks.shape))
 

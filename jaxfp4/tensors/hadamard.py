@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from jaxfp4.formats import exact
-from jaxfp4.tensors.blocks import normalize_axes
+from jaxfp4.formats import BLOCK_SIZE, exact
+from jaxfp4.tensors.blocks import Blocking, normalize_axes
 
 
 def hadamard(x: Array, axis: int | Sequence[int] = -1, size: int = 16) -> Array:
@@ -19,7 +19,8 @@ def hadamard(x: Array, axis: int | Sequence[int] = -1, size: int = 16) -> Array:
 
     H is symmetric and orthogonal, so the function is its own inverse, and a product of two rotated operands is the
     product of the operands. NaN and Inf spread over their group. `axis` may be several contraction axes, taken
-    flattened, the last one minor; shape, dtype and sharding are those of `x`. Computed in float32.
+    flattened, the last one minor; shape, dtype and sharding are those of `x`. Computed in float32, whose subnormals a
+    backend may take for zero.
 
     Raises ValueError unless `size` is a power of two that divides K.
 
@@ -27,25 +28,86 @@ def hadamard(x: Array, axis: int | Sequence[int] = -1, size: int = 16) -> Array:
     Array([2., 2., 2., 2.], dtype=float32)
     """
     axes = normalize_axes(axis, x.ndim)
+    _refuse_cut_groups(x, axes, size)
+    return _hadamard(x, axes, size)
+
+
+def rotates_blocks(x: Array, axes: tuple[int, ...], size: int) -> bool:
+    """Whether groups of `size` along `axes`, 0 for no rotation, are the blocks; ValueError as `hadamard` raises it.
+
+    Then a quantizer rotates them itself: they are whole on each device, and a kernel need not write them.
+    """
+    if size:
+        _refuse_cut_groups(x, axes, size)
+    return size == BLOCK_SIZE
+
+
+def rotated_blocks(x: Array, blocking: Blocking) -> Array:
+    """`hadamard` of each block, kept in memory: XLA would rotate again for every value of the block."""
+    return lax.optimization_barrier(hadamard(x, blocking.axes, BLOCK_SIZE))
+
+
+def _refuse_cut_groups(x: Array, axes: tuple[int, ...], size: int) -> None:
     length = math.prod(x.shape[a] for a in axes)
     if size < 2 or size & (size - 1) or length % size:
         raise ValueError(
             f"hadamard: size={size} for a contraction of {length}: wanted a power of two from 2 on that divides it"
         )
-    return _hadamard(x, axes, size)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _hadamard(x: Array, axes: tuple[int, ...], size: int) -> Array:
+    return _compiled(x, axes, size)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _hadamard(x: Array, axes: tuple[int, ...], size: int) -> Array:
+def _compiled(x: Array, axes: tuple[int, ...], size: int) -> Array:
+    return exact.cast(_rotated(exact.to_float32(x), axes, size), x.dtype)
+
+
+@_hadamard.defjvp
+def _hadamard_jvp(axes, size, primals, tangents):  # type: ignore[no-untyped-def]
+    return _hadamard(*primals, axes, size), _linear(tangents[0], axes, size)
+
+
+def _linear(x: Array, axes: tuple[int, ...], size: int) -> Array:
+    # Ordinary casts: there are no derivatives through bits.
+    return _rotated(x.astype(jnp.float32), axes, size).astype(x.dtype)
+
+
+def rotated_tangent(tangent: Array, blocking: Blocking) -> Array:
+    """The rotation of blocks in a derivative."""
+    return _linear(tangent, blocking.axes, BLOCK_SIZE)
+
+
+def _rotated(x: Array, axes: tuple[int, ...], size: int) -> Array:
+    """Groups of the flattened axes rotated, float32."""
+    last = axes[-1]
+    if x.shape[last] % size == 0:  # no group crosses it
+        groups = x.reshape(*x.shape[:last], x.shape[last] // size, size, *x.shape[last + 1 :])
+        return _rotated_groups(groups, last + 1).reshape(x.shape)
     others = [a for a in range(x.ndim) if a not in axes]
     order = [*others, *axes]
-    moved = jnp.transpose(exact.to_float32(x), order)
+    moved = jnp.transpose(x, order)
     groups = moved.reshape(*moved.shape[: len(others)], -1, size)
-    half = size // 2
+    rotated = _rotated_groups(groups, groups.ndim - 1).reshape(moved.shape)
+    return jnp.transpose(rotated, [order.index(a) for a in range(x.ndim)])
+
+
+def _rotated_groups(groups: Array, axis: int) -> Array:
+    """The values along `axis` times the matrix: stage by stage sums and differences of values that are `half` apart."""
+    size = groups.shape[axis]
+    half, stages = size // 2, 0
     while half:
-        pairs = groups.reshape(*groups.shape[:-1], size // (2 * half), 2, half)
-        upper, lower = pairs[..., 0, :], pairs[..., 1, :]
-        groups = jnp.stack([upper + lower, upper - lower], -2).reshape(groups.shape)
-        half //= 2
-    rotated = (groups * size**-0.5).reshape(moved.shape)
-    return exact.cast(jnp.transpose(rotated, [order.index(a) for a in range(x.ndim)]), x.dtype)
+        pairs = groups.reshape(*groups.shape[:axis], size // (2 * half), 2, half, *groups.shape[axis + 1 :])
+        is_lower = lax.broadcasted_iota(jnp.int32, pairs.shape, axis + 1) == 1
+        pairs = lax.rev(pairs, [axis + 1]) + jnp.where(is_lower, -pairs, pairs)
+        groups = pairs.reshape(groups.shape)
+        half, stages = half // 2, stages + 1
+        if half and stages % _STAGES_AT_ONCE == 0:
+            groups = lax.optimization_barrier(groups)
+    return groups * size**-0.5
+
+
+_STAGES_AT_ONCE = 4
+"""XLA finds all stages again for each value; with more of them at once that would be much."""

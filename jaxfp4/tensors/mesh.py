@@ -210,9 +210,14 @@ def replicated_beside(small: Any, large: Any) -> Any:
     return small if layout is None else jax.device_put(small, NamedSharding(layout.mesh, PartitionSpec()))
 
 
-def on_one_device(tree: Any) -> bool:
-    """Whether all arrays of a tree are known to be on one device; traced ones are only where there is no other."""
+def sole_devices(tree: Any) -> frozenset[jax.Device]:
+    """The devices of a tree's arrays if each array is known to be on one; none otherwise.
+
+    There are several only where some arrays are not committed to theirs. Traced arrays are on one device where there
+    is no other.
+    """
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, Array)]
     if any(isinstance(x, jax.core.Tracer) for x in arrays):
-        return jax.device_count() == 1
-    return all(len(x.sharding.device_set) == 1 for x in arrays)
+        return frozenset(jax.devices() if jax.device_count() == 1 else ())
+    sets = [x.sharding.device_set for x in arrays]
+    return frozenset().union(*sets) if all(len(devices) == 1 for devices in sets) else frozenset()

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxfp4.formats import nvfp4
+from jaxfp4.formats import exact, nvfp4
 from jaxfp4.tensors import accelerated, nearest
 from jaxfp4.tensors.blocks import Blocking, normalize_axes
+from jaxfp4.tensors.hadamard import hadamard, rotated_blocks, rotated_tangent, rotates_blocks
 from jaxfp4.tensors.mesh import Layout, layout_of, place
 from jaxfp4.tensors.nvfp4_tensor import NVFP4Tensor
-from jaxfp4.tensors.reductions import as_float_array, global_amax, local_block_amax, refuse_cut_blocks
+from jaxfp4.tensors.reductions import as_float_array, global_amax, local_block_amax, refuse_cut_blocks, rotated_amax
 
 
 class Encoded(NamedTuple):
@@ -128,31 +129,53 @@ def quantize_unchecked(
     divisor: int = nvfp4.TENSOR_DIVISOR,
     encoder: Encoder = NEAREST,
     moments: Array | None = None,
+    rotation: int = 0,
 ) -> NVFP4Tensor:
     """As `quantize`, without waiting for the result to see whether it is finite.
 
     `divisor` is global amax over global scale, `encoder` chooses codes and block scales, for which it may want
-    `moments` of the activation.
+    `moments` of the activation. With a `rotation` it is of `hadamard(w.astype(float32), axis, rotation)`, and so have
+    to be the global amax and the moments; the dtype stays that of `w`.
     """
     w = as_float_array(w)
-    blocking = Blocking(w.shape, normalize_axes(axis, w.ndim))
+    dtype, blocking = w.dtype, Blocking(w.shape, normalize_axes(axis, w.ndim))
+    rotated = rotates_blocks(w, blocking.axes, rotation)
+    if rotation and not rotated:
+        w = hadamard(exact.to_float32(w), blocking.axes, rotation)
+    if global_amax is None and rotated:
+        global_amax = rotated_amax(w, blocking.axes, rotation)
     amax = _amax_for(w, blocking, global_amax)
     layout = layout_of(w)
     if layout is None:
         refuse_cut_blocks(w, blocking)
         kernels = accelerated.can_run(w)
-        packed, scales, global_scale = _quantize(w, amax, moments, blocking, divisor, encoder, kernels)
+        packed, scales, global_scale = _quantize(w, amax, moments, blocking, divisor, encoder, rotated, kernels)
     else:
         layout = layout.with_whole_blocks(blocking, contraction=encoder.whole_contraction)
         amax = place(amax, _amax_layout(amax, layout))
         if moments is not None:
             moments = place(moments, _moments_layout(moments, layout))
         packed, scales, global_scale = _quantize_sharded(
-            place(w, layout), amax, moments, blocking, divisor, encoder, layout
+            place(w, layout), amax, moments, blocking, divisor, encoder, rotated, layout
         )
     axes = tuple(a - w.ndim for a in blocking.axes)
     sizes = tuple(w.shape[a] for a in blocking.axes)
-    return NVFP4Tensor(packed, scales, global_scale, axes, sizes, w.dtype)
+    return NVFP4Tensor(packed, scales, global_scale, axes, sizes, dtype)
+
+
+def quantize_with_scale(x: Array, axis: int, global_scale: Array, *, rotation: int = 0) -> NVFP4Tensor:
+    """The codes behind `fake_quantize_with_scale`, of an array on one device.
+
+    With a `rotation` they are of `hadamard(x, axis, rotation)`, in the dtype of `x`.
+    """
+    x = as_float_array(x)
+    blocking = Blocking(x.shape, normalize_axes(axis, x.ndim))
+    refuse_cut_blocks(x, blocking)
+    if rotation:
+        x = hadamard(x, blocking.axes, rotation)
+    packed, scales = _encoded(x, global_scale, None, blocking, NEAREST, False, accelerated.can_run(x))
+    (axis,) = blocking.axes
+    return NVFP4Tensor(packed, scales, global_scale, (axis - x.ndim,), (x.shape[axis],), x.dtype)
 
 
 def fake_quantize(x: Array, axis: int | Sequence[int] = -1, *, global_amax: Array | float | None = None) -> Array:
@@ -166,32 +189,39 @@ def fake_quantize(x: Array, axis: int | Sequence[int] = -1, *, global_amax: Arra
     """
     x = as_float_array(x)
     blocking = Blocking(x.shape, normalize_axes(axis, x.ndim))
-    return _straight_through(x, global_scale_of(_amax_for(x, blocking, global_amax)), blocking)
+    return _straight_through(x, global_scale_of(_amax_for(x, blocking, global_amax)), blocking, rotated=False)
 
 
-def fake_quantize_with_scale(x: Array, axis: int | Sequence[int], global_scale: Array) -> Array:
-    """As `fake_quantize` with the global scale itself, for activations whose scale was calibrated."""
+def fake_quantize_with_scale(x: Array, axis: int | Sequence[int], global_scale: Array, *, rotation: int = 0) -> Array:
+    """As `fake_quantize` with the global scale itself, for activations whose scale was calibrated.
+
+    With a `rotation` it is of `hadamard(x, axis, rotation)`, whose gradient it has.
+    """
     x = as_float_array(x)
     blocking = Blocking(x.shape, normalize_axes(axis, x.ndim))
-    return _straight_through(x, global_scale, blocking)
+    rotated = rotates_blocks(x, blocking.axes, rotation)
+    if rotation and not rotated:
+        x = hadamard(x, blocking.axes, rotation)
+    return _straight_through(x, global_scale, blocking, rotated)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _straight_through(x: Array, global_scale: Array, blocking: Blocking) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _straight_through(x: Array, global_scale: Array, blocking: Blocking, rotated: bool) -> Array:
     layout = layout_of(x)
     if layout is None:
         refuse_cut_blocks(x, blocking)
-        return _fake_quantize(x, global_scale, blocking, accelerated.can_run(x))
+        return _fake_quantize(x, global_scale, blocking, rotated, accelerated.can_run(x))
     whole = layout.with_whole_blocks(blocking)
     result = _fake_quantize_sharded(
-        place(x, whole), place(global_scale, _amax_layout(global_scale, whole)), blocking, whole
+        place(x, whole), place(global_scale, _amax_layout(global_scale, whole)), blocking, rotated, whole
     )
     return place(result, layout)
 
 
 @_straight_through.defjvp
-def _straight_through_jvp(blocking: Blocking, primals, tangents):  # type: ignore[no-untyped-def]
-    return _straight_through(*primals, blocking), tangents[0]
+def _straight_through_jvp(blocking: Blocking, rotated: bool, primals, tangents):  # type: ignore[no-untyped-def]
+    tangent = rotated_tangent(tangents[0], blocking) if rotated else tangents[0]
+    return _straight_through(*primals, blocking, rotated), tangent
 
 
 def _amax_for(w: Array, blocking: Blocking, given: Array | float | None) -> Array:
@@ -218,7 +248,7 @@ def _all_finite(*arrays: Any) -> Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a.astype(jnp.float32))) for a in jax.tree.leaves(arrays)]))
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
 def _quantize(
     w: Array,
     amax: Array,
@@ -226,47 +256,80 @@ def _quantize(
     blocking: Blocking,
     divisor: int,
     encoder: Encoder,
+    rotated: bool,
     kernels: bool,
 ) -> tuple[Array, Array, Array]:
     global_scale = nvfp4.global_scale(amax, divisor)
+    packed, scales = _encoded(w, global_scale, moments, blocking, encoder, rotated, kernels)
+    return packed, scales, global_scale
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _encoded(
+    w: Array,
+    global_scale: Array,
+    moments: Array | None,
+    blocking: Blocking,
+    encoder: Encoder,
+    rotated: bool,
+    kernels: bool,
+) -> tuple[Array, Array]:
+    """Packed codes and E4M3 scales."""
 
     def plain(w: Array, global_scale: Array) -> tuple[Array, Array]:
+        w = rotated_blocks(exact.to_float32(w), blocking) if rotated else w
         encoded = encoder(w, global_scale, blocking, moments)
         packed = lax.collapse(encoded.packed, blocking.axis, blocking.axis + 2)
         return packed, jnp.squeeze(encoded.scales, blocking.axis + 1)
 
-    fast = _in_kernel(encoder.kernel, blocking, global_scale, moments) if kernels else None
+    prepare = accelerated.rotated_blocks(jnp.float32, rotated)
+    fast = _in_kernel(encoder.kernel, blocking, global_scale, moments, prepare) if kernels else None
     if fast is None:
         packed, scales = plain(w, global_scale)
     else:
         packed, scales = lax.platform_dependent(w, global_scale, cuda=fast, default=plain)
-    return packed, lax.bitcast_convert_type(scales, jnp.float8_e4m3fn), global_scale
+    return packed, lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
 
 
 def _in_kernel(
-    kernel: accelerated.Kernel | None, blocking: Blocking, global_scale: Array, moments: Array | None
+    kernel: accelerated.Kernel | None,
+    blocking: Blocking,
+    global_scale: Array,
+    moments: Array | None,
+    prepare: accelerated.Preparation,
 ) -> Callable[[Array, Array], tuple[Array, Array]] | None:
     """`(w, global_scale) -> (packed, scales)` by a kernel; None if there is none for this choice or layout."""
     geometry = accelerated.geometry_of(blocking, global_scale)
     if kernel is None or geometry is None:
         return None
     if kernel.table is None:
-        return functools.partial(accelerated.quantize, blocking=blocking, geometry=geometry, kernel=kernel)
+        return functools.partial(
+            accelerated.quantize, blocking=blocking, geometry=geometry, kernel=kernel, prepare=prepare
+        )
     in_blocks = moments_in_blocks(moments, blocking)
     groups = None if in_blocks is None else accelerated.groups_of(blocking, geometry, in_blocks)
     if in_blocks is None or groups is None:
         return None
     table = kernel.table(in_blocks, blocking.axis + 2)
-    return functools.partial(accelerated.quantize_groups, blocking=blocking, groups=groups, table=table, kernel=kernel)
+    return functools.partial(
+        accelerated.quantize_groups, blocking=blocking, groups=groups, table=table, kernel=kernel, prepare=prepare
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
 def _quantize_sharded(
-    w: Array, amax: Array, moments: Array | None, blocking: Blocking, divisor: int, encoder: Encoder, layout: Layout
+    w: Array,
+    amax: Array,
+    moments: Array | None,
+    blocking: Blocking,
+    divisor: int,
+    encoder: Encoder,
+    rotated: bool,
+    layout: Layout,
 ) -> tuple[Array, Array, Array]:
     def local(shard: Array, amax: Array, moments: Array | None) -> tuple[Array, Array, Array]:
-        kernels = accelerated.can_run(shard)
-        return _quantize(shard, amax, moments, Blocking(shard.shape, blocking.axes), divisor, encoder, kernels)
+        of_shard, kernels = Blocking(shard.shape, blocking.axes), accelerated.can_run(shard)
+        return _quantize(shard, amax, moments, of_shard, divisor, encoder, rotated, kernels)
 
     amax_spec = _amax_layout(amax, layout).spec
     moments_spec = None if moments is None else _moments_layout(moments, layout).spec
@@ -279,9 +342,10 @@ def _quantize_sharded(
     )(w, amax, moments)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _fake_quantize(x: Array, global_scale: Array, blocking: Blocking, kernels: bool) -> Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _fake_quantize(x: Array, global_scale: Array, blocking: Blocking, rotated: bool, kernels: bool) -> Array:
     def plain(x: Array, global_scale: Array) -> Array:
+        x = rotated_blocks(x, blocking) if rotated else x
         blocks, global_scale = blocking.to_blocks(x), blocking.align(global_scale)
         scales = max_scales(blocks, global_scale, blocking.axis + 1)
         return blocking.from_blocks(nearest.rounded(blocks, scales, global_scale))
@@ -289,14 +353,16 @@ def _fake_quantize(x: Array, global_scale: Array, blocking: Blocking, kernels: b
     geometry = accelerated.geometry_of(blocking, global_scale)
     if not kernels or geometry is None:
         return plain(x, global_scale)
-    fast = functools.partial(accelerated.fake_quantize, blocking=blocking, geometry=geometry)
+    prepare = accelerated.rotated_blocks(x.dtype, rotated)
+    fast = functools.partial(accelerated.fake_quantize, blocking=blocking, geometry=geometry, prepare=prepare)
     return lax.platform_dependent(x, global_scale, cuda=fast, default=plain)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _fake_quantize_sharded(x: Array, global_scale: Array, blocking: Blocking, layout: Layout) -> Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _fake_quantize_sharded(x: Array, global_scale: Array, blocking: Blocking, rotated: bool, layout: Layout) -> Array:
     def local(shard: Array, global_scale: Array) -> Array:
-        return _fake_quantize(shard, global_scale, Blocking(shard.shape, blocking.axes), accelerated.can_run(shard))
+        of_shard, kernels = Blocking(shard.shape, blocking.axes), accelerated.can_run(shard)
+        return _fake_quantize(shard, global_scale, of_shard, rotated, kernels)
 
     return jax.shard_map(
         local, mesh=layout.mesh, in_specs=(layout.spec, _amax_layout(global_scale, layout).spec), out_specs=layout.spec

@@ -12,6 +12,7 @@ from jax import Array, lax
 from jaxfp4.formats import BLOCK_SIZE, exact
 from jaxfp4.tensors import accelerated
 from jaxfp4.tensors.blocks import Blocking, normalize_axes
+from jaxfp4.tensors.hadamard import hadamard, rotated_blocks, rotates_blocks
 from jaxfp4.tensors.mesh import AxisNames, Layout, amax_over_mesh, enclosing_axes, layout_of, place, varying_axes
 
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
@@ -32,13 +33,25 @@ def block_amax(x: Array, axis: int | Sequence[int] = -1) -> Array:
     Array([[7., 0.]], dtype=float32)
     """
     x = as_float_array(x)
-    blocking = Blocking(x.shape, normalize_axes(axis, x.ndim))
-    layout = layout_of(x)
-    if layout is None:
-        refuse_cut_blocks(x, blocking)
-        return _block_amax(x, blocking, accelerated.can_run(x))
-    layout = layout.with_whole_blocks(blocking)
-    return _block_amax_sharded(place(x, layout), blocking, layout)
+    return _amaxes(x, Blocking(x.shape, normalize_axes(axis, x.ndim)), rotated=False)
+
+
+def rotated_amax(x: Array, axis: int | Sequence[int], size: int, *, keep_axes: Sequence[int] = ()) -> Array:
+    """`global_amax(hadamard(x.astype(float32), axis, size), keep_axes=keep_axes)`; without rotation if `size` is 0.
+
+    For `size` 16 it is the maximum over blocks, each of which is rotated where it lies: a GPU reads `x` once and writes
+    the block amaxes only. Raises ValueError if a contraction axis is kept.
+    """
+    x = as_float_array(x)
+    axes, keep = normalize_axes(axis, x.ndim), normalize_axes(keep_axes, x.ndim) if keep_axes else ()
+    if set(axes) & set(keep):
+        raise ValueError(f"keep_axes={tuple(keep_axes)} of a rotation along {axes}: wanted other axes than these")
+    if not rotates_blocks(x, axes, size):
+        return global_amax(hadamard(exact.to_float32(x), axes, size) if size else x, keep_axes=keep)
+    blocking = Blocking(x.shape, axes)
+    merged = axes[:-1] if blocking.merged else ()
+    amax = global_amax(_amaxes(x, blocking, rotated=True), keep_axes=[a - sum(m < a for m in merged) for a in keep])
+    return amax.reshape([n if a in keep else 1 for a, n in enumerate(x.shape)]) if keep else amax
 
 
 def global_amax(x: Array, *, keep_axes: Sequence[int] = (), axis_names: AxisNames | None = None) -> Array:
@@ -92,6 +105,16 @@ def refuse_cut_blocks(x: Array, blocking: Blocking) -> None:
         )
 
 
+def _amaxes(x: Array, blocking: Blocking, *, rotated: bool) -> Array:
+    """The amaxes of blocks, or of blocks rotated in float32."""
+    layout = layout_of(x)
+    if layout is None:
+        refuse_cut_blocks(x, blocking)
+        return _block_amax(x, blocking, rotated, accelerated.can_run(x))
+    layout = layout.with_whole_blocks(blocking)
+    return _block_amax_sharded(place(x, layout), blocking, rotated, layout)
+
+
 def local_block_amax(blocks: Array, axis: int) -> Array:
     """Magnitude maxima over `axis`, size 1 kept, float32. Integers order bit patterns alike on every backend."""
     if blocks.dtype == jnp.float32:
@@ -105,20 +128,23 @@ def local_block_amax(blocks: Array, axis: int) -> Array:
     return exact.to_float32(lax.bitcast_convert_type(largest, blocks.dtype))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _block_amax(x: Array, blocking: Blocking, kernels: bool) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _block_amax(x: Array, blocking: Blocking, rotated: bool, kernels: bool) -> Array:
     def plain(x: Array) -> Array:
+        x = rotated_blocks(exact.to_float32(x), blocking) if rotated else x
         return jnp.squeeze(local_block_amax(blocking.to_blocks(x), blocking.axis + 1), blocking.axis + 1)
 
     if not kernels:
         return plain(x)
-    return lax.platform_dependent(x, cuda=functools.partial(accelerated.block_amax, blocking=blocking), default=plain)
+    prepare = accelerated.rotated_blocks(jnp.float32, rotated)
+    fast = functools.partial(accelerated.block_amax, blocking=blocking, prepare=prepare)
+    return lax.platform_dependent(x, cuda=fast, default=plain)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _block_amax_sharded(x: Array, blocking: Blocking, layout: Layout) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _block_amax_sharded(x: Array, blocking: Blocking, rotated: bool, layout: Layout) -> Array:
     def local(shard: Array) -> Array:
-        return _block_amax(shard, Blocking(shard.shape, blocking.axes), accelerated.can_run(shard))
+        return _block_amax(shard, Blocking(shard.shape, blocking.axes), rotated, accelerated.can_run(shard))
 
     out = layout.merged(blocking).spec
     return jax.shard_map(local, mesh=layout.mesh, in_specs=layout.spec, out_specs=out)(x)

@@ -24,11 +24,12 @@ EXACT = (
     "nvfp4_four_over_six",
     "nvfp4_mixed_fp8",
     "nvfp4_weighted_mse",
+    "nvfp4_hadamard",
     "nvfp4_act_headroom",
     "nvfp4_act_mse",
 )
-"""Decided by integers or by exact maxima: equal bytes from equal statistics."""
-SUMS = ("nvfp4_local_hessian", "nvfp4_gptq", "nvfp4_gptq_max", "nvfp4_hadamard", "nvfp4_smoothquant_gptq", "nvfp4_awq")
+"""Decided by integers, by exact maxima or by sums in one order: equal bytes from equal statistics."""
+SUMS = ("nvfp4_local_hessian", "nvfp4_gptq", "nvfp4_gptq_max", "nvfp4_smoothquant_gptq", "nvfp4_awq")
 """Sums of floats in the order of the backend: a near tie may fall otherwise."""
 
 

@@ -178,10 +178,14 @@ def _four_or_six(arguments: Arguments) -> Rows:
     return reference.four_or_six(_rows(arguments[0], -1), np.asarray(arguments[1]))
 
 
-def _rotated(arguments: Arguments) -> Rows:
-    amax = np.asarray(_compiled_rotated_amax(arguments[0]))
-    result = reference.quantized(reference.rotated(_rows(arguments[0], -1)), amax)
-    return {name: result[name] for name in ("packed", "scales")}
+def _rotated(axis: int) -> Callable[[Arguments], Rows]:
+    def expected(arguments: Arguments) -> Rows:
+        x = arguments[0]
+        amax = np.asarray(_compiled_rotated_amax(x if axis == -1 else jnp.swapaxes(x, -1, -2)))
+        result = reference.quantized(reference.rotated(_rows(x, axis)), amax)
+        return {name: result[name] for name in ("packed", "scales")}
+
+    return expected
 
 
 def _experts_quantized(arguments: Arguments) -> Rows:
@@ -211,8 +215,10 @@ def _naive_quantize_each(x: Array) -> Parts:
     return {**parts, "global_scale": parts["global_scale"].reshape(-1, 1, 1)}
 
 
-def _rotate_and_quantize(x: Array) -> NVFP4Tensor:
-    return quantize_unchecked(hadamard(x.astype(jnp.float32), -1, 16), -1)
+@functools.partial(jax.jit, static_argnums=1)
+def _rotate_then_quantize(x: Array, axis: int) -> NVFP4Tensor:
+    """What the fused kernels replace: plain jnp writes the rotated array, and the quantizer reads it again."""
+    return quantize_unchecked(hadamard(x.astype(jnp.float32), axis, 16), axis)
 
 
 def _search(scales: Scales, axis: int = -1, divisor: int = 2688) -> Callable[..., Any]:
@@ -279,6 +285,16 @@ def _along(axis: int, suffix: str) -> tuple[Operation, ...]:
             rows=_searched_rows,
             wanted=NEARLY,
         ),
+        Operation(
+            f"hadamard_quantize{suffix}",
+            axis,
+            _alone,
+            functools.partial(quantize_unchecked, axis=axis, rotation=16),
+            functools.partial(_rotate_then_quantize, axis=axis),
+            _rotated(axis),
+            wanted=NEARLY,
+            reads=2,
+        ),
     )
 
 
@@ -330,16 +346,6 @@ OPERATIONS: dict[str, Operation] = {
             rows=_searched_rows,
             wanted=NEARLY,
             stacks=False,
-        ),
-        Operation(
-            "hadamard_quantize",
-            -1,
-            _alone,
-            _rotate_and_quantize,
-            lambda x: _naive_quantize(naive.hadamard(x), -1),
-            _rotated,
-            wanted=NEARLY,
-            reads=2,
         ),
     )
 }
