@@ -216,3 +216,12 @@ def on_one_device(tree: Any) -> bool:
     if any(isinstance(x, jax.core.Tracer) for x in arrays):
         return jax.device_count() == 1
     return all(len(x.sharding.device_set) == 1 for x in arrays)
+
+
+def on_accelerators(tree: Any) -> bool:
+    """Whether all arrays of a tree are known to be on devices that are no CPUs."""
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, Array)]
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        return False
+    devices: set[Any] = set().union(*(x.sharding.device_set for x in arrays))
+    return all(device.platform != "cpu" for device in devices)

@@ -141,10 +141,10 @@ def quantize_unchecked(
     if layout is None:
         refuse_cut_blocks(w, blocking)
         kernels = accelerated.can_run(w)
-        packed, scales, global_scale = _quantize(w, amax, moments, blocking, divisor, encoder, kernels)
+        packed, scales, global_scale = quantize_local(w, amax, moments, blocking, divisor, encoder, kernels)
     else:
         layout = layout.with_whole_blocks(blocking, contraction=encoder.whole_contraction)
-        amax = place(amax, _amax_layout(amax, layout))
+        amax = place(amax, amax_layout(amax, layout))
         if moments is not None:
             moments = place(moments, _moments_layout(moments, layout))
         packed, scales, global_scale = _quantize_sharded(
@@ -184,7 +184,7 @@ def _straight_through(x: Array, global_scale: Array, blocking: Blocking) -> Arra
         return _fake_quantize(x, global_scale, blocking, accelerated.can_run(x))
     whole = layout.with_whole_blocks(blocking)
     result = _fake_quantize_sharded(
-        place(x, whole), place(global_scale, _amax_layout(global_scale, whole)), blocking, whole
+        place(x, whole), place(global_scale, amax_layout(global_scale, whole)), blocking, whole
     )
     return place(result, layout)
 
@@ -219,7 +219,7 @@ def _all_finite(*arrays: Any) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
-def _quantize(
+def quantize_local(
     w: Array,
     amax: Array,
     moments: Array | None,
@@ -228,6 +228,7 @@ def _quantize(
     encoder: Encoder,
     kernels: bool,
 ) -> tuple[Array, Array, Array]:
+    """`(packed, scales, global_scale)` of an array, or of a shard that holds whole blocks."""
     global_scale = nvfp4.global_scale(amax, divisor)
 
     def plain(w: Array, global_scale: Array) -> tuple[Array, Array]:
@@ -250,9 +251,9 @@ def _quantize_sharded(
 ) -> tuple[Array, Array, Array]:
     def local(shard: Array, amax: Array, moments: Array | None) -> tuple[Array, Array, Array]:
         kernels = accelerated.can_run(shard)
-        return _quantize(shard, amax, moments, Blocking(shard.shape, blocking.axes), divisor, encoder, kernels)
+        return quantize_local(shard, amax, moments, Blocking(shard.shape, blocking.axes), divisor, encoder, kernels)
 
-    amax_spec = _amax_layout(amax, layout).spec
+    amax_spec = amax_layout(amax, layout).spec
     moments_spec = None if moments is None else _moments_layout(moments, layout).spec
     codes_spec = layout.merged(blocking).spec
     return jax.shard_map(
@@ -283,11 +284,11 @@ def _fake_quantize_sharded(x: Array, global_scale: Array, blocking: Blocking, la
         return _fake_quantize(shard, global_scale, Blocking(shard.shape, blocking.axes), accelerated.can_run(shard))
 
     return jax.shard_map(
-        local, mesh=layout.mesh, in_specs=(layout.spec, _amax_layout(global_scale, layout).spec), out_specs=layout.spec
+        local, mesh=layout.mesh, in_specs=(layout.spec, amax_layout(global_scale, layout).spec), out_specs=layout.spec
     )(x, global_scale)
 
 
-def _amax_layout(amax: Array, layout: Layout) -> Layout:
+def amax_layout(amax: Array | jax.ShapeDtypeStruct, layout: Layout) -> Layout:
     """How an amax or a global scale lies beside its tensor: split where it has a value for each entry of an axis."""
     return layout.restricted([d for d, n in enumerate(amax.shape) if n > 1]) if amax.ndim else Layout(layout.mesh, ())
 

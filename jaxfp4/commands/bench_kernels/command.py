@@ -41,8 +41,8 @@ SECONDS = {"quick": 0.01, "cpu": 0.5, "accelerator": 0.08}
 """What one measurement may take."""
 
 SEVERAL_DEVICES = (
-    "several devices: under jit, where the compiler could split arrays, plain JAX runs and not the kernels; show JAX one "
-    "device, as with CUDA_VISIBLE_DEVICES=0, to time the kernels"
+    "several devices: under jit, where the compiler could split arrays, plain JAX runs and not the kernels; show JAX "
+    "one device, as with CUDA_VISIBLE_DEVICES=0, to time the kernels"
 )
 
 

@@ -16,7 +16,8 @@ from jaxfp4.commands.bench_model.scaling import EFFICIENCY_WANTED, DigestResult,
 def calibration_table(result: CalibrationResult) -> Table:
     """Each function beside the forward pass."""
     table = markdown_table(
-        ("function",), ("run", "of the forward", "wanted", "trace and lower", "compile", "both of the forward's", "wanted")
+        ("function",),
+        ("run", "of the forward", "wanted", "trace and lower", "compile", "both of the forward's", "wanted"),
     )
     for name, program in result.programs.items():
         baseline = name == FORWARD
