@@ -75,8 +75,8 @@ def measure_calibration(size: DecoderSize, samples: int, builds: int, recipe: st
         CALIBRATE: lambda: jaxfp4.make_calibrate_fn(apply_fn, plan),
         BOTH: lambda: jax.jit(observed(apply_fn, plan)),
     }
-    lowering, compiling = _build(makers, arguments, builds)
-    running = _run({name: make() for name, make in makers.items()}, arguments, samples)
+    lowering, compiling, compiled = _build(makers, arguments, builds)
+    running = _run(compiled, arguments, samples)
     programs = {
         name: Program(Timing.of(running[name]), Timing.of(lowering[name]), Timing.of(compiling[name]))
         for name in makers
@@ -86,8 +86,9 @@ def measure_calibration(size: DecoderSize, samples: int, builds: int, recipe: st
 
 def _build(
     makers: Mapping[str, Callable[[], Any]], arguments: Mapping[str, tuple[Any, ...]], builds: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds to lower and to compile each function, in one order and then in the other."""
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, Any]]:
+    """Seconds to lower and to compile each function, in one order and then in the other, and the last programs."""
+    compiled: dict[str, Any] = {}
     lowering: dict[str, list[float]] = {name: [] for name in makers}
     compiling: dict[str, list[float]] = {name: [] for name in makers}
     makers[BOTH]().lower(*arguments[BOTH]).compile()
@@ -97,10 +98,10 @@ def _build(
             start = time.perf_counter()
             lowered = makers[name]().lower(*arguments[name])
             middle = time.perf_counter()
-            lowered.compile()
+            compiled[name] = lowered.compile()
             lowering[name].append(middle - start)
             compiling[name].append(time.perf_counter() - middle)
-    return lowering, compiling
+    return lowering, compiling, compiled
 
 
 def _run(

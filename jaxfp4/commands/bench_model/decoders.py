@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-from jaxfp4.commands.bench_kernels.sizes import DTYPE, STANDARD_DEVIATION
+from jaxfp4.commands.bench_model.drawing import drawn, normal, ones
 from jaxfp4.models import DecoderConfig, from_flax, parameter_shapes, shardings
 from jaxfp4.models.hf_layout import assemble
 
@@ -44,7 +43,9 @@ class DecoderSize:
         """
         places, shapes = self._places(mesh), parameter_shapes(self.config)
         order = sorted(shapes, key=lambda path: -math.prod(shapes[path]))
-        values = {path: jax.block_until_ready(_drawn(i, shapes[path], places[path])) for i, path in enumerate(order)}
+        values = {
+            path: jax.block_until_ready(_parameter(i, shapes[path], places[path])) for i, path in enumerate(order)
+        }
         return from_flax(assemble(self.config, values))
 
     def _places(self, mesh: Mesh | None) -> dict[str, Any]:
@@ -86,10 +87,5 @@ TINY = DecoderSize(
 )
 
 
-def _drawn(seed: int, shape: tuple[int, ...], place: Sharding) -> Array:
-    make = functools.partial(jnp.ones, shape, DTYPE) if len(shape) == 1 else functools.partial(_normal, seed, shape)
-    return jax.jit(make, out_shardings=place)()
-
-
-def _normal(seed: int, shape: tuple[int, ...]) -> Array:
-    return jax.random.normal(jax.random.key(seed), shape, DTYPE) * jnp.asarray(STANDARD_DEVIATION, DTYPE)
+def _parameter(seed: int, shape: tuple[int, ...], place: Sharding) -> Array:
+    return drawn(ones if len(shape) == 1 else normal, seed, shape, place)

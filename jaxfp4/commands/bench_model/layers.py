@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxfp4
 from jaxfp4.commands.bench_kernels.sizes import DTYPE, STANDARD_DEVIATION
+from jaxfp4.commands.bench_model.drawing import drawn, waves
 
 RECIPE = "nvfp4_weight_only"
 
@@ -80,31 +80,32 @@ class Layers:
         return self.layers * sum(map(math.prod, self.shapes(1, 1).values())) * jnp.dtype(DTYPE).itemsize
 
     def drawn(self, mesh: Mesh) -> Parameters:
-        """Random parameters, each device its own part."""
+        """Irregular parameters, each device its own part."""
         return [
             {
-                name: _normal(seed, shape, sharding)
-                for seed, (name, shape, sharding) in enumerate(self._places(mesh), layer * len(_SPECS))
+                name: drawn(waves, seed, shape, sharding)
+                for seed, (name, shape, sharding) in enumerate(self.places(mesh), layer * len(_SPECS))
             }
             for layer in range(self.layers)
         ]
 
     def placed(self, values: Parameters, mesh: Mesh) -> Parameters:
         """Parameters that are the same on every mesh, split over this one."""
-        return [{name: jax.device_put(layer[name], place) for name, _, place in self._places(mesh)} for layer in values]
+        return [{name: jax.device_put(layer[name], place) for name, _, place in self.places(mesh)} for layer in values]
 
     def plan(self, params: Parameters) -> jaxfp4.Plan:
         """How they are to be quantized."""
         return jaxfp4.plan(apply_fn, params, jax.ShapeDtypeStruct((16, self.hidden), DTYPE), recipe=RECIPE)
 
-    def _places(self, mesh: Mesh) -> Iterator[tuple[str, tuple[int, ...], NamedSharding]]:
+    def places(self, mesh: Mesh) -> Iterator[tuple[str, tuple[int, ...], NamedSharding]]:
+        """The names, logical shapes and shardings of one layer's weights on a mesh."""
         for name, shape in self.shapes(mesh.shape["tp"], mesh.shape["ep"]).items():
             yield name, shape, NamedSharding(mesh, _SPECS[name])
 
 
 FULL = Layers(layers=8, hidden=8192, queries=2048, keys=512, intermediate=7168, experts=16, expert_width=768)
 """About what one of eight devices holds of a model of a few hundred billion parameters: weights of 8 to 200 MB."""
-TINY = Layers(layers=2, hidden=64, queries=64, keys=64, intermediate=64, experts=2, expert_width=64)
+TINY = Layers(layers=2, hidden=64, queries=64, keys=64, intermediate=64, experts=8, expert_width=64)
 LOGICAL = Layers(layers=2, hidden=256, queries=256, keys=256, intermediate=256, experts=8, expert_width=256)
 """The model of which digests are taken. Up to eight devices split it in whole blocks, or in blocks cut nowhere."""
 
@@ -135,13 +136,3 @@ def logical_values(layers: Layers, seed: int = 0) -> Parameters:
             layer[name] = w.astype(ml_dtypes.bfloat16)
         params.append(layer)
     return params
-
-
-def _normal(seed: int, shape: tuple[int, ...], sharding: NamedSharding) -> Array:
-    return _drawn(jax.random.key(seed), shape, sharding)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _drawn(key: Array, shape: tuple[int, ...], sharding: NamedSharding) -> Array:
-    values = jax.random.normal(key, shape, DTYPE) * jnp.asarray(STANDARD_DEVIATION, DTYPE)
-    return jax.lax.with_sharding_constraint(values, sharding)

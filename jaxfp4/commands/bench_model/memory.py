@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -68,9 +69,13 @@ def _bytes_per_device(array: Array) -> int:
 
 def _in_use(devices: int, name: str) -> int | None:
     """The largest of a figure over the devices; None if one does not tell."""
-    stats = [device.memory_stats() for device in jax.devices()[:devices]]
+    stats = [device.memory_stats() for device in _devices(devices)]
     found = [s[name] for s in stats if s is not None and name in s]
     return max(found) if len(found) == devices else None
+
+
+def _devices(count: int) -> Sequence[Any]:
+    return jax.devices()[:count]
 
 
 def _read(devices: int, name: str) -> int:

@@ -13,7 +13,8 @@ from jax.sharding import AxisType, Mesh
 
 import jaxfp4
 from jaxfp4.commands.bench_kernels.timing import Timing
-from jaxfp4.commands.bench_model.layers import LOGICAL, TINY, Layers, Parameters, logical_values
+from jaxfp4.commands.bench_model.layers import TINY, Layers, Parameters, logical_values
+from jaxfp4.commands.errors import CommandError
 
 EFFICIENCY_WANTED = 0.95
 
@@ -114,7 +115,17 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure_digests(devices: int, layers: Layers = LOGICAL) -> DigestResult:
+def _cpu() -> jax.Device:
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError as error:
+        raise CommandError(
+            f"digest: wanted the CPU beside the accelerator, to compare with, found none ({error}); add cpu to "
+            "JAX_PLATFORMS, or leave the variable unset"
+        ) from None
+
+
+def measure_digests(devices: int, layers: Layers) -> DigestResult:
     """Quantizes one model on one device, on every mesh and on the CPU of this process."""
     values = logical_values(layers)
     plan = layers.plan(jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), values))
@@ -122,7 +133,7 @@ def measure_digests(devices: int, layers: Layers = LOGICAL) -> DigestResult:
     def digest_of(params: Parameters) -> str:
         return jaxfp4.digest(jaxfp4.quantize_params(params, plan))
 
-    first, cpu = jax.devices()[0], jax.devices("cpu")[0]
+    first, cpu = jax.devices()[0], _cpu()
     found = {f"{first.platform}, one device": digest_of(jax.device_put(values, first))}
     for tp, ep in [size for count in device_counts(devices) for size in mesh_sizes(count)]:
         mesh = mesh_of(tp, ep, jax.devices())
