@@ -111,6 +111,11 @@ def _layout(sharding: NamedSharding, ndim: int) -> Layout:
     return Layout(sharding.mesh, tuple(_names(entry) for entry in entries), len(sharding.spec))
 
 
+def amax_layout(amax: Array | jax.ShapeDtypeStruct, layout: Layout) -> Layout:
+    """How an amax or a global scale lies beside its tensor: split where it has a value for each entry of an axis."""
+    return layout.restricted([d for d, n in enumerate(amax.shape) if n > 1]) if amax.ndim else Layout(layout.mesh, ())
+
+
 def blockwise_sharding(sharding: NamedSharding, blocking: Blocking) -> NamedSharding:
     """Where the codes and block scales of a weight with this sharding are: on the same devices, without a cut block."""
     return _layout(sharding, len(blocking.shape)).with_whole_blocks(blocking).merged(blocking).sharding

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jaxfp4.formats import nvfp4
 from jaxfp4.tensors import accelerated, nearest
 from jaxfp4.tensors.blocks import Blocking, normalize_axes
-from jaxfp4.tensors.mesh import Layout, layout_of, place
+from jaxfp4.tensors.mesh import Layout, amax_layout, layout_of, place
 from jaxfp4.tensors.nvfp4_tensor import NVFP4Tensor
 from jaxfp4.tensors.reductions import as_float_array, global_amax, local_block_amax, refuse_cut_blocks
 
@@ -286,11 +286,6 @@ def _fake_quantize_sharded(x: Array, global_scale: Array, blocking: Blocking, la
     return jax.shard_map(
         local, mesh=layout.mesh, in_specs=(layout.spec, amax_layout(global_scale, layout).spec), out_specs=layout.spec
     )(x, global_scale)
-
-
-def amax_layout(amax: Array | jax.ShapeDtypeStruct, layout: Layout) -> Layout:
-    """How an amax or a global scale lies beside its tensor: split where it has a value for each entry of an axis."""
-    return layout.restricted([d for d, n in enumerate(amax.shape) if n > 1]) if amax.ndim else Layout(layout.mesh, ())
 
 
 def _moments_layout(moments: Array, layout: Layout) -> Layout:

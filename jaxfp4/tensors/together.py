@@ -16,9 +16,9 @@ from jax import Array, lax
 
 from jaxfp4.tensors import accelerated
 from jaxfp4.tensors.blocks import Blocking
-from jaxfp4.tensors.mesh import AxisNames, Layout, amax_over_mesh, layout_of, varying_as, varying_axes
+from jaxfp4.tensors.mesh import AxisNames, Layout, amax_layout, amax_over_mesh, layout_of, varying_as, varying_axes
 from jaxfp4.tensors.nvfp4_tensor import NVFP4Tensor
-from jaxfp4.tensors.quantize import Encoder, amax_layout, quantize_local
+from jaxfp4.tensors.quantize import Encoder, quantize_local
 from jaxfp4.tensors.reductions import SUPPORTED_DTYPES, local_global_amax
 
 Siblings = tuple[Array, ...]
