@@ -60,13 +60,13 @@ def test_same_digest_from_the_same_statistics(recipe):
     assert jaxfp4.digest(found, inputs=True) == jaxfp4.digest(wanted, inputs=True)
 
 
-@pytest.fixture(params=["tp", "ep", "both"])
+@pytest.fixture(params=["tp", "both"])
 def mesh(request):
-    """Over two or four devices; skipped where there is one."""
+    """Over two or four devices, "both" of two being `tp` = 1 and `ep` = 2; skipped where there is one."""
     count = min(4, 1 << (jax.device_count().bit_length() - 1))
     if count < 2:
         pytest.skip(f"wanted several devices, found {jax.device_count()}")
-    sizes = {"tp": (count, 1), "ep": (1, count), "both": (count // 2, 2)}[request.param]
+    sizes = {"tp": (count, 1), "both": (count // 2, 2)}[request.param]
     return jax.make_mesh(sizes, ("tp", "ep"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:count])
 
 
@@ -80,7 +80,7 @@ def split(params, mesh):
     return {name: layers if name == "layers" else put(w) for name, w in params.items()}
 
 
-@pytest.mark.parametrize("recipe", EXACT)
+@pytest.mark.parametrize("recipe", EXACT[:5])
 def test_same_digest_on_meshes_of_all_devices(recipe, mesh):
     params, _, plan, stats, wanted = job(recipe)
     stats = jax.tree.map(lambda s: jax.device_put(np.asarray(s), NamedSharding(mesh, P())), stats)
