@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     command = benchmarks.add_parser(
         "model", help="calibration beside the forward pass, peak memory, scaling over devices, digests on every mesh"
     )
-    command.add_argument("--parts", metavar="NAME,NAME", help="memory, calibration, scaling, digest; by default all")
+    command.add_argument("--parts", metavar="NAME,NAME", help="memory, digest, calibration, scaling; by default all")
     command.add_argument("--size", choices=("full", "tiny"), help="by default full, tiny on a CPU")
     command.add_argument("--devices", type=_positive, metavar="N", help="at most so many; by default all")
     command.add_argument("--json", type=Path, metavar="FILE", help="all figures, unrounded")

@@ -29,7 +29,7 @@ def run(parts, tmp_path, capsys):
 def test_scaling_end_to_end(tmp_path, capsys):
     printed, written = run("scaling,memory", tmp_path, capsys)
     assert "efficiencies of scaling nothing" in printed and "skipped: this platform does not say" in printed
-    assert list(written) == ["environment", "memory", "scaling", "seconds"]
+    assert list(written) == ["environment", "memory", "seconds", "scaling"]
     assert written["environment"]["devices"] == "8" and written["memory"] is None
     scaling = written["scaling"]
     assert [(mesh["tp"], mesh["ep"]) for mesh in scaling["meshes"]] == [(1, 1), (2, 1), (1, 2)]
@@ -54,6 +54,19 @@ def test_other_digests_are_said_and_the_status_is_1(monkeypatch):
     assert bench_model(console, ModelChoice(parts="digest"), None) == 1
     text = console.export_text()
     assert "DIFFERENT" in text and "digests DIFFER" in text
+
+
+def test_a_part_that_fails_does_not_take_the_others_along(monkeypatch, tmp_path):
+    def fails(*_):
+        raise RuntimeError("out of memory\nfor good")
+
+    monkeypatch.setattr(command, "measure_scaling", fails)
+    monkeypatch.setattr(command, "measure_digests", lambda *_: DigestResult({"gpu, one device": "aa"}))
+    console, file = Console(width=200, record=True), tmp_path / "a.json"
+    assert bench_model(console, ModelChoice(parts="scaling,digest"), file) == 1
+    assert "scaling FAILED: RuntimeError: out of memory" in console.export_text()
+    written = json.loads(file.read_text())
+    assert written["scaling"] == {"error": "RuntimeError: out of memory"} and written["digest"]["equal"]
 
 
 def test_without_a_cpu_beside_the_accelerator(monkeypatch, capsys):
@@ -142,7 +155,7 @@ def test_calibration_beside_the_forward_pass():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts", "memory,speed"], "--parts memory,speed: found 'speed'; wanted some of memory, calibration"),
+        (["--parts", "memory,speed"], "--parts memory,speed: found 'speed'; wanted some of memory, digest"),
         (["--devices", "64"], "--devices 64: found 8 cpu device(s); wanted at most that"),
         (["--json", "nowhere/a.json"], "--json nowhere/a.json: wanted a file in a directory that exists"),
     ],

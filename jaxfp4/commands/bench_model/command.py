@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,7 +48,7 @@ SIZES: Mapping[str, Size] = {
     "full": Size(decoders.FULL, layers.FULL, layers.LOGICAL, samples=20, builds=2),
     "tiny": Size(decoders.TINY, layers.TINY, layers.TINY, samples=3, builds=2),
 }
-PARTS = ("memory", "calibration", "scaling", "digest")
+PARTS = ("memory", "digest", "calibration", "scaling")
 """In the order in which they run: memory first, as its peak is that of the process."""
 
 
@@ -63,6 +64,8 @@ class ModelChoice:
 def bench_model(console: Console, choice: ModelChoice, json_file: Path | None) -> int:
     """Prints tables of what is chosen and writes the same figures unrounded; the status is 1 if digests differ.
 
+    A part that fails is said, makes the status 1 and leaves the others; the file is written after each part.
+
     Raises CommandError for unknown names, more devices than there are, and a file that cannot be.
     """
     start = time.perf_counter()
@@ -72,12 +75,23 @@ def bench_model(console: Console, choice: ModelChoice, json_file: Path | None) -
     console.print(Text(", ".join(f"{name} {value}" for name, value in environment.items())), soft_wrap=True)
     if jax.default_backend() == "cpu":
         console.print(ON_CPU, soft_wrap=True)
-    measured: dict[str, Any] = {part: _MEASURE[part](console, size, devices) for part in parts}
-    seconds = time.perf_counter() - start
-    console.print(f"{seconds:.0f} s")
-    if json_file is not None:
-        write_json(json_file, {"environment": environment, **measured, "seconds": seconds})
-    return 0 if measured.get("digest", {"equal": True})["equal"] else 1
+    content: dict[str, Any] = {"environment": environment}
+    failed = False
+    for part in parts:
+        try:
+            content[part] = _MEASURE[part](console, size, devices)
+        except CommandError:
+            raise
+        except Exception as error:  # whatever it is, the other parts are worth having
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            console.print(Text(f"{part} FAILED: {reason}"), soft_wrap=True)
+            content[part], failed = {"error": reason}, True
+        content["seconds"] = time.perf_counter() - start
+        if json_file is not None:
+            write_json(json_file, content)
+    console.print(f"{content['seconds']:.0f} s")
+    differs = not content.get("digest", {}).get("equal", True)
+    return 1 if failed or differs else 0
 
 
 def _memory(console: Console, size: Size, devices: int) -> dict[str, Any] | None:
@@ -99,6 +113,8 @@ def _calibration(console: Console, size: Size, devices: int) -> dict[str, Any]:
         "orders from empty caches",
         soft_wrap=True,
     )
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        console.print("JAX keeps compiled programs in a folder: times to compile may be those of reading them")
     console.print(report.calibration_table(result))
     return report.calibration_as_json(result)
 
