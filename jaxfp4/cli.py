@@ -16,6 +16,7 @@ import jaxfp4
 from jaxfp4 import recipes
 from jaxfp4.checkpoints.streaming.file_quantization import DEFAULT_SHARD_BYTES
 from jaxfp4.commands.bench_kernels.command import Choice, bench_kernels
+from jaxfp4.commands.bench_model.command import VIRTUAL_DEVICES, ModelChoice, bench_model
 from jaxfp4.commands.bench_quality import HELD_OUT_BATCHES, bench_quality
 from jaxfp4.commands.convert import convert_directory
 from jaxfp4.commands.demo import DEVICES, demo
@@ -117,6 +118,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--time-limit", type=_positive, metavar="SECONDS", help="begin no case after this")
     command.add_argument("--json", type=Path, metavar="FILE", help="all figures, unrounded")
     command.set_defaults(run=_bench_kernels)
+    command = benchmarks.add_parser(
+        "model", help="calibration beside the forward pass, peak memory, scaling over devices, digests on every mesh"
+    )
+    command.add_argument("--parts", metavar="NAME,NAME", help="memory, digest, calibration, scaling; by default all")
+    command.add_argument("--size", choices=("full", "tiny"), help="by default full, tiny on a CPU")
+    command.add_argument("--devices", type=_positive, metavar="N", help="at most so many; by default all")
+    command.add_argument("--json", type=Path, metavar="FILE", help="all figures, unrounded")
+    command.set_defaults(run=_bench_model)
     return parser
 
 
@@ -208,3 +217,8 @@ def _bench_quality(options: argparse.Namespace, console: Console) -> None:
 def _bench_kernels(options: argparse.Namespace, console: Console) -> int:
     choice = Choice(options.operations, options.sizes, options.quick, options.time_limit)
     return bench_kernels(console, choice, options.json)
+
+
+def _bench_model(options: argparse.Namespace, console: Console) -> int:
+    use_virtual_cpu_devices(VIRTUAL_DEVICES)
+    return bench_model(console, ModelChoice(options.parts, options.size, options.devices), options.json)

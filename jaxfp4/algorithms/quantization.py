@@ -18,10 +18,13 @@ from jaxfp4.algorithms.encoders import encoder_for
 from jaxfp4.algorithms.inputs import leaves_for
 from jaxfp4.algorithms.maximum import shared_amaxes
 from jaxfp4.algorithms.moments import moments_for
+from jaxfp4.algorithms.together import quantized_together
 from jaxfp4.formats import LeafError
 from jaxfp4.formats.errors import leaf as naming_leaf
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.tensors import QuantizedWeight, global_amax, quantize_fp8, quantize_unchecked
+from jaxfp4.tensors.cache import CacheAmax
+from jaxfp4.tensors.mesh import on_accelerators
 
 
 def quantize_params(params: Any, plan: Plan, stats: Mapping[str, Any] | None = None, *, donate: bool = False) -> Any:
@@ -75,30 +78,52 @@ def quantize_weights(
     arrays: Mapping[str, Array],
     used: Stats | None,
     release: Callable[[Sequence[PlannedWeight]], None] | None = None,
+    *,
+    together: bool | None = None,
 ) -> dict[str, QuantizedWeight]:
     """By path, the weights that the plan quantizes, from arrays by path and the statistics that the plan uses.
 
     Channels are taken as they are; errors are those of `quantize_params`. `release` is called with each group of
-    siblings when their arrays are not needed any more.
+    siblings when their arrays are not needed any more. `together` says whether several weights go into one compiled
+    program where that can be; by default not on a CPU, where compiling costs more than launching.
     """
     scales, caches = input_scales(plan, used), cache_amaxes(plan, used)
+    groups = _sibling_groups(plan)
+    together = on_accelerators(arrays) if together is None else together
     quantized: dict[str, QuantizedWeight] = {}
-    for group in _sibling_groups(plan):
-        amaxes = shared_amaxes(plan, group, arrays)
-        divisor = min(e.method.scales.divisor for e in group)
-        for entry in group:
-            weight = _quantized(plan, entry, arrays[entry.path], amaxes[entry.path], divisor, used)
-            quantized[entry.path] = dataclasses.replace(
-                weight, input_scale=scales.get(entry.path), cache=caches.get(entry.path)
-            )
+    # To free weights in between is to wait for each group.
+    for batch in [groups] if release is None else [[group] for group in groups]:
+        found = quantized_together(plan, batch if together else [], arrays)
+        done = {path: QuantizedWeight(tensor) for path, tensor in found.tensors.items()}
+        for group in batch:
+            if group[0].path not in done:
+                done.update(_quantized_group(plan, group, arrays, used))
         if release is not None:
-            done = {e.path: quantized[e.path] for e in group}
             jax.block_until_ready(done)
-            _refuse_non_finite(arrays, done)
-            release(group)
-    if release is None:
-        _refuse_non_finite(arrays, quantized)
-    return quantized
+        _refuse_non_finite(arrays, done, found.finite)
+        if release is not None:
+            release(batch[0])
+        quantized.update(done)
+    return {
+        e.path: _with_scales(quantized[e.path], scales.get(e.path), caches.get(e.path))
+        for group in groups
+        for e in group
+    }
+
+
+def _with_scales(weight: QuantizedWeight, input_scale: Array | None, cache: CacheAmax | None) -> QuantizedWeight:
+    if input_scale is None and cache is None:
+        return weight
+    return dataclasses.replace(weight, input_scale=input_scale, cache=cache)
+
+
+def _quantized_group(
+    plan: Plan, group: Sequence[PlannedWeight], arrays: Mapping[str, Array], used: Stats | None
+) -> dict[str, QuantizedWeight]:
+    """Siblings one after the other, whatever their methods are and wherever they lie."""
+    amaxes = shared_amaxes(plan, group, arrays)
+    divisor = min(e.method.scales.divisor for e in group)
+    return {e.path: _quantized(plan, e, arrays[e.path], amaxes[e.path], divisor, used) for e in group}
 
 
 def _quantized(
@@ -137,9 +162,18 @@ def _sibling_groups(plan: Plan) -> list[tuple[PlannedWeight, ...]]:
     return groups
 
 
-def _refuse_non_finite(arrays: Mapping[str, Array], quantized: Mapping[str, QuantizedWeight]) -> None:
-    """A global scale is NaN if its weight or a sibling is not finite; all are read together, so that none waits."""
-    global_scales = {path: weight.weight.global_scale for path, weight in quantized.items()}
+def _refuse_non_finite(
+    arrays: Mapping[str, Array],
+    quantized: Mapping[str, QuantizedWeight],
+    finite: Sequence[tuple[tuple[str, ...], Array]],
+) -> None:
+    """A global scale is NaN if its weight or a sibling is not finite; all are read together, so that none waits.
+
+    `finite` says of some of the weights together whether all their global scales are finite.
+    """
+    flags = jax.device_get([flag for _, flag in finite])
+    known = {path for (paths, _), flag in zip(finite, flags, strict=True) if flag for path in paths}
+    global_scales = {path: weight.weight.global_scale for path, weight in quantized.items() if path not in known}
     if any(isinstance(scale, jax.core.Tracer) for scale in global_scales.values()):
         return
     for path, scale in jax.device_get(global_scales).items():

@@ -111,6 +111,11 @@ def _layout(sharding: NamedSharding, ndim: int) -> Layout:
     return Layout(sharding.mesh, tuple(_names(entry) for entry in entries), len(sharding.spec))
 
 
+def amax_layout(amax: Array | jax.ShapeDtypeStruct, layout: Layout) -> Layout:
+    """How an amax or a global scale lies beside its tensor: split where it has a value for each entry of an axis."""
+    return layout.restricted([d for d, n in enumerate(amax.shape) if n > 1]) if amax.ndim else Layout(layout.mesh, ())
+
+
 def blockwise_sharding(sharding: NamedSharding, blocking: Blocking) -> NamedSharding:
     """Where the codes and block scales of a weight with this sharding are: on the same devices, without a cut block."""
     return _layout(sharding, len(blocking.shape)).with_whole_blocks(blocking).merged(blocking).sharding
@@ -221,3 +226,12 @@ def sole_devices(tree: Any) -> frozenset[jax.Device]:
         return frozenset(jax.devices() if jax.device_count() == 1 else ())
     sets = [x.sharding.device_set for x in arrays]
     return frozenset().union(*sets) if all(len(devices) == 1 for devices in sets) else frozenset()
+
+
+def on_accelerators(tree: Any) -> bool:
+    """Whether all arrays of a tree are known to be on devices that are no CPUs."""
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, Array)]
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        return False
+    devices: set[Any] = set().union(*(x.sharding.device_set for x in arrays))
+    return all(device.platform != "cpu" for device in devices)

@@ -16,6 +16,7 @@ from jaxfp4.tensors import accelerated
 from jaxfp4.tensors.blocks import Blocking
 from jaxfp4.tensors.cache import CacheAmax
 from jaxfp4.tensors.fp8_tensor import FP8Tensor
+from jaxfp4.tensors.mesh import Layout, amax_layout, layout_of, place
 
 
 @functools.partial(
@@ -89,7 +90,22 @@ class NVFP4Tensor:
 
         The product is float32 in this order and cast last. A block whose scale is NaN gives NaN.
         """
-        return _dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype), accelerated.can_run(self.packed))
+        wanted = jnp.dtype(self.dtype if dtype is None else dtype)
+        layout = None if isinstance(self.packed, jax.core.Tracer) else self._layout_of_shards()
+        if layout is None:
+            return _dequantize(self, wanted, accelerated.can_run(self.packed))
+        scale_layout = amax_layout(self.global_scale, layout)
+        placed = dataclasses.replace(
+            self, scales=place(self.scales, layout), global_scale=place(self.global_scale, scale_layout)
+        )
+        return _dequantize_sharded(placed, wanted, layout, scale_layout)
+
+    def _layout_of_shards(self) -> Layout | None:
+        """How the codes are split; None if not at all, or if a shard is no tensor of its own."""
+        layout = layout_of(jnp.asarray(self.packed))
+        if layout is None or self.sizes[-1] % BLOCK_SIZE or not layout.blocks_are_whole(self.blocking):
+            return None
+        return layout
 
     def __repr__(self) -> str:
         parts = {"packed": self.packed, "scales": self.scales, "global_scale": self.global_scale}
@@ -164,3 +180,15 @@ def _dequantize(tensor: NVFP4Tensor, dtype: np.dtype, kernels: bool) -> Array:
         return plain(*parts)
     fast = functools.partial(accelerated.dequantize, blocking=blocking, geometry=geometry, dtype=dtype)
     return lax.platform_dependent(*parts, cuda=fast, default=plain)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _dequantize_sharded(tensor: NVFP4Tensor, dtype: np.dtype, layout: Layout, scale_layout: Layout) -> Array:
+    def local(packed: Array, scales: Array, global_scale: Array) -> Array:
+        shard = dataclasses.replace(tensor, packed=packed, scales=scales, global_scale=global_scale)
+        return _dequantize(shard, dtype, accelerated.can_run(packed))
+
+    specs = (layout.spec, layout.spec, scale_layout.spec)
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=layout.spec)(
+        tensor.packed, tensor.scales, tensor.global_scale
+    )

@@ -15,7 +15,7 @@ from jaxfp4.formats import exact, nvfp4
 from jaxfp4.tensors import accelerated, nearest
 from jaxfp4.tensors.blocks import Blocking, normalize_axes
 from jaxfp4.tensors.hadamard import hadamard, rotated_blocks, rotated_tangent, rotates_blocks
-from jaxfp4.tensors.mesh import Layout, layout_of, place
+from jaxfp4.tensors.mesh import Layout, amax_layout, layout_of, place
 from jaxfp4.tensors.nvfp4_tensor import NVFP4Tensor
 from jaxfp4.tensors.reductions import as_float_array, global_amax, local_block_amax, refuse_cut_blocks, rotated_amax
 
@@ -149,10 +149,10 @@ def quantize_unchecked(
     if layout is None:
         refuse_cut_blocks(w, blocking)
         kernels = accelerated.can_run(w)
-        packed, scales, global_scale = _quantize(w, amax, moments, blocking, divisor, encoder, rotated, kernels)
+        packed, scales, global_scale = quantize_local(w, amax, moments, blocking, divisor, encoder, rotated, kernels)
     else:
         layout = layout.with_whole_blocks(blocking, contraction=encoder.whole_contraction)
-        amax = place(amax, _amax_layout(amax, layout))
+        amax = place(amax, amax_layout(amax, layout))
         if moments is not None:
             moments = place(moments, _moments_layout(moments, layout))
         packed, scales, global_scale = _quantize_sharded(
@@ -213,7 +213,7 @@ def _straight_through(x: Array, global_scale: Array, blocking: Blocking, rotated
         return _fake_quantize(x, global_scale, blocking, rotated, accelerated.can_run(x))
     whole = layout.with_whole_blocks(blocking)
     result = _fake_quantize_sharded(
-        place(x, whole), place(global_scale, _amax_layout(global_scale, whole)), blocking, rotated, whole
+        place(x, whole), place(global_scale, amax_layout(global_scale, whole)), blocking, rotated, whole
     )
     return place(result, layout)
 
@@ -249,7 +249,7 @@ def _all_finite(*arrays: Any) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
-def _quantize(
+def quantize_local(
     w: Array,
     amax: Array,
     moments: Array | None,
@@ -259,6 +259,7 @@ def _quantize(
     rotated: bool,
     kernels: bool,
 ) -> tuple[Array, Array, Array]:
+    """`(packed, scales, global_scale)` of an array, or of a shard that holds whole blocks."""
     global_scale = nvfp4.global_scale(amax, divisor)
     packed, scales = _encoded(w, global_scale, moments, blocking, encoder, rotated, kernels)
     return packed, scales, global_scale
@@ -329,9 +330,9 @@ def _quantize_sharded(
 ) -> tuple[Array, Array, Array]:
     def local(shard: Array, amax: Array, moments: Array | None) -> tuple[Array, Array, Array]:
         of_shard, kernels = Blocking(shard.shape, blocking.axes), accelerated.can_run(shard)
-        return _quantize(shard, amax, moments, of_shard, divisor, encoder, rotated, kernels)
+        return quantize_local(shard, amax, moments, of_shard, divisor, encoder, rotated, kernels)
 
-    amax_spec = _amax_layout(amax, layout).spec
+    amax_spec = amax_layout(amax, layout).spec
     moments_spec = None if moments is None else _moments_layout(moments, layout).spec
     codes_spec = layout.merged(blocking).spec
     return jax.shard_map(
@@ -365,13 +366,8 @@ def _fake_quantize_sharded(x: Array, global_scale: Array, blocking: Blocking, ro
         return _fake_quantize(shard, global_scale, of_shard, rotated, kernels)
 
     return jax.shard_map(
-        local, mesh=layout.mesh, in_specs=(layout.spec, _amax_layout(global_scale, layout).spec), out_specs=layout.spec
+        local, mesh=layout.mesh, in_specs=(layout.spec, amax_layout(global_scale, layout).spec), out_specs=layout.spec
     )(x, global_scale)
-
-
-def _amax_layout(amax: Array, layout: Layout) -> Layout:
-    """How an amax or a global scale lies beside its tensor: split where it has a value for each entry of an axis."""
-    return layout.restricted([d for d, n in enumerate(amax.shape) if n > 1]) if amax.ndim else Layout(layout.mesh, ())
 
 
 def _moments_layout(moments: Array, layout: Layout) -> Layout:

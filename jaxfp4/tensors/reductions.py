@@ -84,7 +84,7 @@ def global_amax(x: Array, *, keep_axes: Sequence[int] = (), axis_names: AxisName
     if unknown:
         raise ValueError(f"axis_names={axis_names!r} inside a shard_map: wanted axes of its mesh, {enclosing_axes()}")
     names = varying if axis_names is None else tuple(name for name in axis_names if name in varying)
-    return amax_over_mesh(_global_amax(x, keep), names)
+    return amax_over_mesh(local_global_amax(x, keep), names)
 
 
 def as_float_array(x: Array) -> Array:
@@ -151,7 +151,8 @@ def _block_amax_sharded(x: Array, blocking: Blocking, rotated: bool, layout: Lay
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _global_amax(x: Array, keep: tuple[int, ...]) -> Array:
+def local_global_amax(x: Array, keep: tuple[int, ...]) -> Array:
+    """`max(abs(x))` of an array or a shard, with `keep` the other axes kept with size 1, float32."""
     reduced = tuple(a for a in range(x.ndim) if a not in keep)
     return exact.as_float(jnp.max(exact.magnitude_bits(x), reduced, keepdims=bool(keep), initial=0))
 
@@ -162,7 +163,7 @@ def _global_amax_sharded(x: Array, keep: tuple[int, ...], layout: Layout) -> Arr
     names = tuple(name for name in layout.splitting if name not in kept.splitting)
 
     def local(shard: Array) -> Array:
-        return amax_over_mesh(_global_amax(shard, keep), names)
+        return amax_over_mesh(local_global_amax(shard, keep), names)
 
     out = kept.spec if keep else jax.P()
     return jax.shard_map(local, mesh=layout.mesh, in_specs=layout.spec, out_specs=out)(x)

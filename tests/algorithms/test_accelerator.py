@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxfp4
 from jaxfp4.algorithms.encoders import encoder_for
@@ -57,6 +59,48 @@ def test_same_digest_from_the_same_statistics(recipe):
     platforms = {d.platform for leaf in jax.tree.leaves(found) for d in leaf.devices()}
     assert platforms == {device.platform}
     assert jaxfp4.digest(found, inputs=True) == jaxfp4.digest(wanted, inputs=True)
+
+
+@pytest.fixture(params=["tp", "both"])
+def mesh(request):
+    """Over two or four devices, "both" of two being `tp` = 1 and `ep` = 2; skipped where there is one."""
+    count = min(4, 1 << (jax.device_count().bit_length() - 1))
+    if count < 2:
+        pytest.skip(f"wanted several devices, found {jax.device_count()}")
+    sizes = {"tp": (count, 1), "both": (count // 2, 2)}[request.param]
+    return jax.make_mesh(sizes, ("tp", "ep"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:count])
+
+
+def split(params, mesh):
+    """Stacked layers over the mesh."""
+
+    def put(w, spec=()):
+        return jax.device_put(np.asarray(w), NamedSharding(mesh, P(*spec)))
+
+    layers = {name: put(w, (None, *models.SPECS[name])) for name, w in params["layers"].items()}
+    return {name: layers if name == "layers" else put(w) for name, w in params.items()}
+
+
+@pytest.mark.parametrize("recipe", EXACT[:5])
+def test_same_digest_on_meshes_of_all_devices(recipe, mesh):
+    params, _, plan, stats, wanted = job(recipe)
+    stats = jax.tree.map(lambda s: jax.device_put(np.asarray(s), NamedSharding(mesh, P())), stats)
+    expected = jaxfp4.digest(wanted, inputs=True)
+    found = jaxfp4.quantize_params(split(params, mesh), plan, stats)
+    assert {len(leaf.devices()) for leaf in jax.tree.leaves(jaxfp4.weights(found)["layers/q"].weight)} == {mesh.size}
+    assert jaxfp4.digest(found, inputs=True) == expected
+    donated = jaxfp4.quantize_params(split(params, mesh), plan, stats, donate=True)
+    assert jaxfp4.digest(donated, inputs=True) == expected
+
+
+def test_calibration_on_a_mesh_of_all_devices(mesh):
+    params, batches, plan, stats, _ = job("nvfp4")
+    batches = [jax.device_put(np.asarray(batch), NamedSharding(mesh, P())) for batch in batches]
+    with jax.default_matmul_precision("highest"):
+        found = jaxfp4.calibrate(models.scanned, split(params, mesh), batches, plan, progress=False)
+    assert set(found) == set(stats)
+    for path, states in stats.items():
+        np.testing.assert_allclose(np.asarray(found[path]["amax"]), np.asarray(states["amax"]), rtol=1e-3)
 
 
 @pytest.mark.parametrize("recipe", SUMS)

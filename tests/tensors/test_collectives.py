@@ -12,6 +12,7 @@ from jaxfp4.tensors.mesh import layout_of
 from jaxfp4.tensors.nearest import FEW_BLOCKS
 from jaxfp4.tensors.quantize import RoundToNearest, _fake_quantize_sharded, _quantize_sharded
 from jaxfp4.tensors.reductions import _block_amax_sharded, _global_amax_sharded
+from jaxfp4.tensors.together import Order, _programs, placed
 from tensors.meshes import collectives, mesh, put
 
 W = np.random.default_rng(0).standard_normal((8, 64, 16)).astype(np.float32)
@@ -85,3 +86,12 @@ def test_eager_amax_per_expert_split_over_ep_only(kind):
     assert collectives(_global_amax_sharded.lower(w, (0,), layout_of(w)).compile()) == []
     w = put(W, mesh("tp2 ep4", kind), P("ep", "tp"))
     assert collectives(_global_amax_sharded.lower(w, (0,), layout_of(w)).compile()) == ["all-reduce"]
+
+
+@pytest.mark.parametrize(("keep", "wanted"), [((), 1), ((0,), 2)], ids=["one scale", "one for each expert"])
+def test_one_reduction_for_many_weights(keep, wanted):
+    """Two groups of siblings, one of them whole; split global scales need another to say whether all are finite."""
+    on = mesh("tp4 ep2")
+    group = (put(W, on, P("ep", None, "tp")), put(W, on, P("ep")))
+    signature = placed(group, [Order((1,), keep, 2688, RoundToNearest())] * 2)
+    assert collectives(_programs.lower((group, group), signature).compile()) == ["all-reduce"] * wanted

@@ -124,6 +124,16 @@ def test_fake_quantize_and_dequantize(where, kind):
 
 
 @BOTH_KINDS
+def test_dequantize_where_each_device_has_one_block(kind):
+    """Of two mesh axes along the contraction, so that neither may be taken for that of the values in a block."""
+    w = np.random.default_rng(1).standard_normal((2, 128)).astype(np.float32)
+    q = quantize(put(w, mesh("tp1 ep8", kind), P(None, ("ep", "tp"))), 1)
+    values = q.dequantize()
+    assert_same_bits(values, expected_values(w, 1))
+    assert values.sharding == q.packed.sharding
+
+
+@BOTH_KINDS
 def test_gradient_is_sharded_as_the_array(kind):
     on = mesh("tp4 ep2", kind)
     with jax.set_mesh(on):

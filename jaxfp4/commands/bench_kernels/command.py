@@ -40,6 +40,11 @@ STREAM_BYTES = {True: 1 << 30, False: 1 << 26}
 SECONDS = {"quick": 0.01, "cpu": 0.5, "accelerator": 0.08}
 """What one measurement may take."""
 
+SEVERAL_DEVICES = (
+    "several devices: under jit, where the compiler could split arrays, plain JAX runs and not the kernels; show JAX "
+    "one device, as with CUDA_VISIBLE_DEVICES=0, to time the kernels"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -84,11 +89,13 @@ def bench_kernels(
             skipped[f"{operation.name} {size.name}"] = f"past the limit of {choice.time_limit:g} s"
             continue
         results.append(bench.measure(operation, size, program))
-    environment = _environment(libraries)
+    environment = device_environment(libraries)
     streams = _streams(bench, on_accelerator, choice.quick)
     console.print(Text(", ".join(f"{name} {value}" for name, value in environment.items())), soft_wrap=True)
     rates = ", ".join(f"{name} {rate / 1e9:,.0f} GB/s" for name, rate in streams.items())
     console.print(f"bandwidth: {rates} (a copy counts bytes read and written)", soft_wrap=True)
+    if on_accelerator and jax.device_count() > 1:
+        console.print(SEVERAL_DEVICES, soft_wrap=True)
     console.print(cases_table(results))
     if any(result.rivals for result in results):
         console.print(rivals_table(results))
@@ -169,11 +176,13 @@ def _streams(bench: Bench, on_accelerator: bool, quick: bool) -> dict[str, float
     return {"copy": moved / bench.copy(moved).median, "read": moved / bench.read(moved).median}
 
 
-def _environment(libraries: Sequence[Library]) -> dict[str, str]:
+def device_environment(libraries: Sequence[Library] = ()) -> dict[str, str]:
+    """The device, the machine and the versions of what takes part."""
     device = jax.devices()[0]
     own = {
         "device": device.device_kind,
         "platform": device.platform,
+        "devices": str(jax.device_count()),
         "cores": str(os.cpu_count()),
         "jaxfp4": jaxfp4.__version__,
         **versions(["jax", "jaxlib"]),

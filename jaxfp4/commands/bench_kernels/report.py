@@ -15,7 +15,7 @@ from jaxfp4.commands.bench_kernels.timing import Timing
 
 def cases_table(results: Sequence[CaseResult]) -> Table:
     """Ours beside the copy and the naive version."""
-    table = _table(
+    table = markdown_table(
         ("operation", "size"), ("bytes moved", "time", "GB/s", "of the copy", "naive", "naive equal", "as expected")
     )
     for result in results:
@@ -31,10 +31,10 @@ def cases_table(results: Sequence[CaseResult]) -> Table:
             name,
             size,
             f"{moved / 1e6:.1f} MB",
-            _time(result.ours),
+            shown_time(result.ours),
             f"{moved / result.ours.median / 1e9:.0f}",
             "" if result.floor_share is None else f"{result.floor_share:.0%}",
-            _ratio(result.ratio(result.naive)),
+            shown_ratio(result.ratio(result.naive)),
             _share(result.naive_equal),
             _share(result.as_expected),
         )
@@ -43,7 +43,7 @@ def cases_table(results: Sequence[CaseResult]) -> Table:
 
 def rivals_table(results: Sequence[CaseResult]) -> Table:
     """Ours beside other libraries' functions."""
-    table = _table(("operation", "size", "function"), ("ours", "theirs", "ours is faster", "equal"))
+    table = markdown_table(("operation", "size", "function"), ("ours", "theirs", "ours is faster", "equal"))
     for result in results:
         for rival in result.rivals:
             equal = "failed" if rival.equal is None else _share(rival.equal) + ("" if rival.same else " DIFFERS")
@@ -51,9 +51,9 @@ def rivals_table(results: Sequence[CaseResult]) -> Table:
                 result.operation.name,
                 result.size.name,
                 f"{rival.library} {rival.function}",
-                "" if result.ours is None else _time(result.ours),
-                "" if rival.timing is None else _time(rival.timing),
-                _ratio(result.ratio(rival.timing)),
+                "" if result.ours is None else shown_time(result.ours),
+                "" if rival.timing is None else shown_time(rival.timing),
+                shown_ratio(result.ratio(rival.timing)),
                 equal,
             )
     return table
@@ -79,10 +79,10 @@ def case_as_json(result: CaseResult) -> dict[str, Any]:
         "wanted": result.operation.wanted,
         "bytes_read": result.read,
         "bytes_written": result.written,
-        "ours": _timing(result.ours),
-        "copy": _timing(result.copy),
+        "ours": timing_as_json(result.ours),
+        "copy": timing_as_json(result.copy),
         "share_of_copy": result.floor_share,
-        "naive": _timing(result.naive),
+        "naive": timing_as_json(result.naive),
         "naive_over_ours": result.ratio(result.naive),
         "naive_equal": result.naive_equal,
         "rivals": [_rival_as_json(result, rival) for rival in result.rivals],
@@ -97,16 +97,18 @@ def _rival_as_json(result: CaseResult, rival: RivalResult) -> dict[str, Any]:
         "error": rival.error,
         "equal": rival.equal,
         "same": rival.same,
-        "timing": _timing(rival.timing),
+        "timing": timing_as_json(rival.timing),
         "over_ours": result.ratio(rival.timing),
     }
 
 
-def _timing(timing: Timing | None) -> dict[str, Any] | None:
+def timing_as_json(timing: Timing | None) -> dict[str, Any] | None:
+    """Its fields; None for none."""
     return None if timing is None else dataclasses.asdict(timing)
 
 
-def _table(left: Sequence[str], right: Sequence[str]) -> Table:
+def markdown_table(left: Sequence[str], right: Sequence[str]) -> Table:
+    """A table whose columns are aligned left, then right."""
     table = Table(box=box.MARKDOWN)
     for header in left:
         table.add_column(header, no_wrap=True)
@@ -115,14 +117,15 @@ def _table(left: Sequence[str], right: Sequence[str]) -> Table:
     return table
 
 
-def _time(timing: Timing) -> str:
+def shown_time(timing: Timing) -> str:
     """The median, and half the distance of the quartiles as a share of it."""
     factor, unit = next(f for f in ((1e6, "us"), (1e3, "ms"), (1, "s")) if timing.median * f[0] < 1000 or f[1] == "s")
     spread = (timing.high - timing.low) / 2 / timing.median
     return f"{timing.median * factor:.4g} {unit} ± {spread:.0%}" + (" (host)" if timing.host_bound else "")
 
 
-def _ratio(ratio: float | None) -> str:
+def shown_ratio(ratio: float | None) -> str:
+    """As in `1.03 x`; nothing for None."""
     return "" if ratio is None else f"{ratio:.2f} x"
 
 
