@@ -289,7 +289,7 @@ def _encoded(
             blocking=blocking,
             geometry=geometry,
             kernel=encoder.kernel,
-            prepare=accelerated.rotated_blocks(jnp.float32, rotated),
+            prepare=accelerated.preparation(jnp.float32, rotated),
         )
         packed, scales = lax.platform_dependent(w, global_scale, cuda=fast, default=plain)
     else:
@@ -334,7 +334,7 @@ def _fake_quantize(x: Array, global_scale: Array, blocking: Blocking, rotated: b
     geometry = accelerated.geometry_of(blocking, global_scale)
     if not kernels or geometry is None:
         return plain(x, global_scale)
-    prepare = accelerated.rotated_blocks(x.dtype, rotated)
+    prepare = accelerated.preparation(x.dtype, rotated)
     fast = functools.partial(accelerated.fake_quantize, blocking=blocking, geometry=geometry, prepare=prepare)
     return lax.platform_dependent(x, global_scale, cuda=fast, default=plain)
 

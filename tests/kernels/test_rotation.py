@@ -107,8 +107,8 @@ def test_searches_see_rotated_blocks():
 
 def test_rotations_of_a_dtype_are_one_object():
     """Or every trace would compile again."""
-    assert accelerated.rotated_blocks(jnp.bfloat16, True) is accelerated.rotated_blocks("bfloat16", True)
-    assert not accelerated.rotated_blocks(jnp.bfloat16, False).across
+    assert accelerated.preparation(jnp.bfloat16, True) is accelerated.preparation("bfloat16", True)
+    assert not accelerated.preparation(jnp.bfloat16, False).across
 
 
 @each_axis
