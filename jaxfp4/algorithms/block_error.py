@@ -1,49 +1,20 @@
-"""Squared errors of blocks under a candidate scale, as integers.
-
-A search compares errors that may differ by little or not at all. Sums of floats depend on their order and on fused
-multiply-adds, so the winner would depend on the backend and the layout. Here each element's term is a fixed-point
-number, made without an addition of products, and the sums are of integers: exact, in any order, the same everywhere.
-"""
+"""Errors of blocks under a candidate scale, and the search for the candidate with the least."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxfp4.formats import exact, nvfp4
-from jaxfp4.formats.minifloat import E2M1, E4M3
-from jaxfp4.formats.thresholds import code_thresholds
+from jaxfp4.formats.minifloat import E4M3
+from jaxfp4.formats.squared_error import Error, Grid, high_part, high_square, high_term, less, low_square, low_term
 from jaxfp4.tensors.mesh import varying_as
 
 LARGEST_CODE = E4M3.sign_mask - 2
 """The code of 448."""
-
-_LOW_BITS = 13
-_HIGH_PART = 2.0**10
-_WEIGHTED = 2.0**19
-_TINY = 1 << 8
-
-
-class Error(NamedTuple):
-    """A sum of squares as `high + low / 2^13` units, `0 <= low < 2^13`, both int32, and as float32."""
-
-    high: Array
-    low: Array
-    rounded: Array
-
-
-def less(left: Error, right: Error) -> Array:
-    """Whether one error is smaller than another.
-
-    Of two that are tiny, those of blocks that the format holds almost exactly, the floats tell more than the integers.
-    """
-    tiny = (left.high < _TINY) & (right.high < _TINY)
-    whole = (left.high < right.high) | ((left.high == right.high) & (left.low < right.low))
-    return jnp.where(tiny, left.rounded < right.rounded, whole)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +47,7 @@ class Blocks:
         # A scale is at least the smallest code's, so the unit is finite for the smallest block too.
         unit = exact.inverse_power_of_two(jnp.maximum(quarter, scale))
         scaled = magnitudes * unit
-        weights = None if importance is None else _normalized(importance, axis)
+        weights = None if importance is None else normalized(importance, axis)
         return cls(axis, scaled, jnp.max(scaled, axis, keepdims=True), code, global_scale, unit, weights)
 
     def scale(self, code: Array) -> Array:
@@ -88,18 +59,21 @@ class Blocks:
         error = Grid.of(self.scale(code)).error(self.magnitudes)
         square = error * error
         if self.weights is None:
-            return _total(*_squared(error), square, self.axis)
-        return _total(*_fixed(self.weights * square), self.weights * square, self.axis)
+            return self._total(high_square(error), low_square(error), square)
+        term = self.weights * square
+        return self._total(high_term(term), low_term(term), term)
 
     def clipping(self, code: Array) -> Array:
         """A lower bound of the error's high part: that of the values beyond the largest code. Falls as scales grow."""
         limit = Grid.of(self.scale(code)).values[-1]
         if self.weights is None:
-            beyond = jnp.maximum(self.largest - limit, 0)
-            whole = (beyond * _HIGH_PART).astype(jnp.int32)
+            whole = high_part(jnp.maximum(self.largest - limit, 0))
             return whole * whole
         beyond = jnp.maximum(self.magnitudes - limit, 0)
-        return jnp.sum(_fixed(self.weights * (beyond * beyond))[0], self.axis, keepdims=True)
+        return jnp.sum(high_term(self.weights * (beyond * beyond)), self.axis, keepdims=True)
+
+    def _total(self, *parts: Array) -> Error:
+        return Error.of_sums(*(jnp.sum(part, self.axis, keepdims=True) for part in parts))
 
     @property
     def settled(self) -> Array:
@@ -109,28 +83,6 @@ class Blocks:
     def stored(self, chosen: Array) -> Array:
         """The codes to store, uint8: `chosen`, where the block is not settled."""
         return jnp.where(self.settled, self.code, chosen).astype(jnp.uint8)
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """The magnitudes that codes have under a scale, and for each the smallest float32 that is rounded up to it."""
-
-    values: tuple[Array, ...]
-    thresholds: tuple[Array, ...]
-
-    @classmethod
-    def of(cls, scale: Array) -> Grid:
-        """The grid of a block's float32 scale, which is not subnormal."""
-        codes = range(1, len(E2M1.magnitudes))
-        values = tuple(scale * float(E2M1.magnitudes[i]) for i in codes)
-        return cls(values, tuple(exact.as_float(bits) for bits in code_thresholds(scale).reached))
-
-    def error(self, magnitude: Array) -> Array:
-        """The exact distance to the value of the code that the magnitude gets."""
-        value = jnp.zeros_like(magnitude)
-        for threshold, larger in zip(self.thresholds, self.values, strict=True):
-            value = jnp.where(magnitude >= threshold, larger, value)
-        return magnitude - value
 
 
 def search(
@@ -166,30 +118,9 @@ def search(
     return blocks.stored(chosen)
 
 
-def _normalized(importance: Array, axis: int) -> Array:
+def normalized(importance: Array, axis: int) -> Array:
     """Importance divided by a power of two near the block's largest; ones where all of a block is zero."""
     largest = jnp.max(importance, axis, keepdims=True)
     usable = largest > 0
     inverse = exact.inverse_power_of_two(jnp.clip(jnp.where(usable, largest, 1.0), 2.0**-126, 2.0**126))
     return jnp.where(usable, importance * inverse, 1.0)
-
-
-def _squared(error: Array) -> tuple[Array, Array]:
-    """Squares as fixed-point numbers: the high part is an integer's square, what is left a product, truncated."""
-    whole = jnp.round(error * _HIGH_PART).astype(jnp.int32)
-    high = whole.astype(jnp.float32) * (1 / _HIGH_PART)
-    rest = error - high
-    return whole * whole, (rest * (high * 2 + rest) * (_HIGH_PART**2 * 2**_LOW_BITS)).astype(jnp.int32)
-
-
-def _fixed(terms: Array) -> tuple[Array, Array]:
-    """Float32 terms below 2^7 as fixed-point numbers."""
-    scaled = terms * _WEIGHTED
-    high = scaled.astype(jnp.int32)
-    return high, ((scaled - high.astype(jnp.float32)) * 2.0**_LOW_BITS).astype(jnp.int32)
-
-
-def _total(high: Array, low: Array, rounded: Array, axis: int) -> Error:
-    """The sums along an axis, size 1 kept, carried into the high part."""
-    high, low, rounded = (jnp.sum(part, axis, keepdims=True) for part in (high, low, rounded))
-    return Error(high + (low >> _LOW_BITS), low & ((1 << _LOW_BITS) - 1), rounded)

@@ -8,9 +8,9 @@ from jax import Array
 
 from jaxfp4.algorithms.four_over_six import four_over_six_scales
 from jaxfp4.algorithms.gptq_encoder import GptqEncoder
-from jaxfp4.algorithms.local_hessian import local_hessian_scales
-from jaxfp4.algorithms.mse import mse_scales
-from jaxfp4.kernels import search
+from jaxfp4.algorithms.local_hessian import hessian_table, local_hessian_scales
+from jaxfp4.algorithms.mse import importance_table, mse_scales
+from jaxfp4.kernels import hessian_search, search
 from jaxfp4.recipes.methods import FourOverSix, Gptq, LocalHessian, Max, Method, Mse, WeightedMse
 from jaxfp4.tensors.accelerated import MAX, Kernel
 from jaxfp4.tensors.quantize import ChooseScales, Encoder, RoundToNearest, max_scales
@@ -55,5 +55,7 @@ _KERNELS: Mapping[type, Kernel] = {
     Max: MAX,
     Mse: Kernel(search.mse_scales, search.TUNING),
     FourOverSix: Kernel(search.four_over_six_scales, search.TUNING),
+    WeightedMse: Kernel(search.weighted_mse_scales, search.TUNING, importance_table),
+    LocalHessian: Kernel(hessian_search.local_hessian_scales, hessian_search.TUNING, hessian_table),
 }
 """The same on a GPU, where there is a kernel."""

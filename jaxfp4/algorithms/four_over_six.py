@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from jaxfp4.algorithms.block_error import LARGEST_CODE, Blocks, less
+from jaxfp4.algorithms.block_error import LARGEST_CODE, Blocks
 from jaxfp4.formats import exact, nvfp4
+from jaxfp4.formats.squared_error import less
 
 
 def four_over_six_scales(blocks: Array, global_scale: Array, axis: int, importance: Array | None = None) -> Array:

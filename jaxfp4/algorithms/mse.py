@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from jaxfp4.algorithms.block_error import Blocks, search
+from jaxfp4.algorithms.block_error import Blocks, normalized, search
 
 OCTAVE = 8
 """E4M3 codes from a normal scale to its double."""
@@ -39,3 +39,11 @@ def mse_scales(blocks: Array, global_scale: Array, axis: int, importance: Array 
     prepared = Blocks.of(blocks, global_scale, axis, importance)
     highest = jnp.maximum(prepared.code.astype(jnp.int32) + OCTAVE, WITHOUT_HALF)
     return search(prepared, highest, prepared.error, prepared.clipping)
+
+
+def importance_table(moments: Array, axis: int) -> Array:
+    """What `jaxfp4.kernels.search.weighted_mse_scales` wants, of importance `[1, ...]` whose axis of 16 is `axis`.
+
+    The weights of the plain search, `[16, ...]` with size 1 on the axis.
+    """
+    return jnp.expand_dims(jnp.moveaxis(normalized(moments[0], axis - 1), axis - 1, 0), axis)

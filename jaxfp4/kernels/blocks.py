@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -108,7 +109,7 @@ def visit(
     minor = geometry.is_minor
     rows = geometry.outer if minor else geometry.outer * geometry.blocks
     length = geometry.blocks if minor else geometry.inner
-    width = min(launch.blocks, _power_of_two(length))
+    width = min(launch.blocks, power_of_two(length))
     columns = -(-length // width)
 
     def shape(entries: int) -> tuple[int, ...]:
@@ -121,7 +122,10 @@ def visit(
         row, column = pl.program_id(0) // columns, pl.program_id(0) % columns
         outer = row if minor else row // geometry.blocks
         inside = None if length % width == 0 else column * width + jnp.arange(width) < length
-        access = (_Minor if minor else _Strided)(row, pl.ds(column * width, width), inside, whole_in_thread)
+        span = pl.ds(column * width, width)
+        access: _Minor | Strided = Strided(inside, row, span)
+        if minor:
+            access = _Minor(inside, row, span, whole_in_thread)
         tiles = [access.load(ref, x.shape[2], x.dtype) for ref, x in zip(array_refs, inputs, strict=False)]
         scalars = [ref[outer, i] for ref in constants_refs for i in range(ref.shape[1])]
         for ref, result in zip(array_refs[len(inputs) :], body(tiles, scalars), strict=True):
@@ -134,27 +138,29 @@ def visit(
         interpret=interpret,
         grid=(rows * columns,),
         out_shape=[jax.ShapeDtypeStruct(shape(part.entries), part.dtype, manual_axis_type=varying) for part in parts],
-    )(*tables, *(_as_integers(x, interpret).reshape(shape(x.shape[2])) for x in inputs))
+    )(*tables, *(as_integers(x, interpret).reshape(shape(x.shape[2])) for x in inputs))
     outer_shape = (geometry.outer, geometry.blocks)
     return [r.reshape(*outer_shape, p.entries, geometry.inner) for r, p in zip(results, parts, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Access:
-    """The blocks of a program in arrays of which they are a row's `span`; those not `inside` are padding."""
+    """Where the blocks of a program lie in arrays; those not `inside` are padding."""
 
-    row: Array
-    span: Any
     inside: Array | None
-    whole_in_thread: bool
 
     def _outside(self, ref: Any) -> Array | None:
         # What a masked load gives there is not stored, but it must be something.
         return None if self.inside is None else jnp.zeros((), ref.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Minor(_Access):
     """Arrays `[rows, length, entries]`."""
+
+    row: Array
+    span: Any
+    whole_in_thread: bool
 
     def _mask(self, entries: int) -> Array | None:
         return None if self.inside is None else jnp.broadcast_to(self.inside[:, None], (self.inside.size, entries))
@@ -176,23 +182,41 @@ class _Minor(_Access):
             triton.store(place, tile.astype(ref.dtype), mask=self._mask(width))
 
 
-class _Strided(_Access):
-    """Arrays `[rows, entries, length]`."""
+class BlockEach(_Access, abc.ABC):
+    """Arrays of which each thread has all entries of its blocks."""
+
+    @abc.abstractmethod
+    def place(self, ref: Any, entry: Array) -> Any:
+        """Where an entry of the blocks lies."""
 
     def load(self, ref: Any, entries: int, dtype: Any) -> Any:
-        places = (ref.at[self.row, jnp.int32(i), self.span] for i in range(entries))
+        """`Values` of 16 entries, or `Tiles`."""
+        places = (self.place(ref, jnp.int32(i)) for i in range(entries))
         loaded = (triton.load(place, mask=self.inside, other=self._outside(ref)) for place in places)
         tiles = tuple(_as_values(tile, dtype) for tile in loaded)
         return Values(tiles[::2], tiles[1::2]) if entries == BLOCK_SIZE else tiles
 
     def store(self, ref: Any, result: Any) -> None:
+        """What `load` gives."""
         if isinstance(result, Values):
             result = [tile for pair in zip(result.even, result.odd, strict=True) for tile in pair]
         for i, tile in enumerate(result):
-            triton.store(ref.at[self.row, jnp.int32(i), self.span], tile.astype(ref.dtype), mask=self.inside)
+            triton.store(self.place(ref, jnp.int32(i)), tile.astype(ref.dtype), mask=self.inside)
 
 
-def _as_integers(x: Array, interpret: bool) -> Array:
+@dataclasses.dataclass(frozen=True)
+class Strided(BlockEach):
+    """Arrays `[rows, entries, length]`."""
+
+    row: Array
+    span: Any
+
+    def place(self, ref: Any, entry: Array) -> Any:
+        """In a row."""
+        return ref.at[self.row, entry, self.span]
+
+
+def as_integers(x: Array, interpret: bool) -> Array:
     """16-bit floats as integers if kernels are interpreted: XLA on a CPU may flush subnormals in slices of floats."""
     return lax.bitcast_convert_type(x, jnp.uint16) if interpret and x.dtype in _HALVES else x
 
@@ -234,6 +258,6 @@ def _joined(first: Array, second: Array, axis: int) -> Array:
     return jnp.where(is_second, second, first).reshape(size[0], -1)
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The smallest power of two that is not below n."""
     return 1 << (n - 1).bit_length()

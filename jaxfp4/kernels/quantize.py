@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from jaxfp4.formats import BLOCK_SIZE, exact, fp8, nvfp4
 from jaxfp4.kernels.blocks import Geometry, Launch, Part, Tiles, Values, visit
+from jaxfp4.kernels.groups import Groups, visit_groups
 from jaxfp4.kernels.rounding import EMULATED, PTX, Arithmetic, Coder, Prepared, Scales
 
 MAGNITUDE = 0x7FFFFFFF
@@ -22,6 +23,8 @@ class Context:
 
     prepared: Prepared
     arithmetic: Arithmetic
+    table: Sequence[Array] = ()
+    """Numbers for the blocks' channels."""
 
 
 KernelScales = Callable[[Values, Context], Scales]
@@ -108,21 +111,52 @@ def quantize_blocks(
 
     Of `x [outer, blocks, 16, inner]`, prepared, under float32 global scales `[outer]`.
     """
-    arithmetic = EMULATED if interpret else PTX
+    encode = _encoding(choose, prepare, interpret)
 
     def body(inputs: Sequence[Values], constants: Sequence[Array]) -> tuple[Tiles, Tiles]:
-        prepared = Prepared(*constants)
-        changed = prepare.apply(inputs[0])
-        values = changed.map(_bits)
-        scales = choose(values, Context(prepared, arithmetic))
-        coder = Coder.of(scales, prepared, arithmetic, changed.dtype)
-        return values.map(coder.encode).packed(), (scales.codes,)
+        return encode(inputs[0], constants, ())
 
-    parts = (Part(BLOCK_SIZE // 2, jnp.uint8), Part(1, jnp.uint8))
     constants, launch = Prepared.of(global_scale).stacked(), tuning.launch(geometry)
     whole = prepare.whole_in_thread(launch)
-    packed, scales = visit(body, [x], constants, geometry, parts, launch, whole_in_thread=whole, interpret=interpret)
+    packed, scales = visit(body, [x], constants, geometry, _ENCODED, launch, whole_in_thread=whole, interpret=interpret)
     return packed, scales
+
+
+def quantize_in_groups(
+    x: Array,
+    global_scale: Array,
+    table: Array,
+    groups: Groups,
+    choose: KernelScales,
+    launch: Launch,
+    *,
+    prepare: Preparation = AS_THEY_ARE,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """As `quantize_blocks`, with `table`, float32 `[lead, groups, D]`, for `choose`; shapes as those of `groups`."""
+    encode = _encoding(choose, prepare, interpret)
+    constants = Prepared.of(global_scale).stacked()
+    packed, scales = visit_groups(encode, x, constants, table, groups, _ENCODED, launch, interpret=interpret)
+    return packed, scales
+
+
+_ENCODED = (Part(BLOCK_SIZE // 2, jnp.uint8), Part(1, jnp.uint8))
+
+
+def _encoding(
+    choose: KernelScales, prepare: Preparation, interpret: bool
+) -> Callable[[Values, Sequence[Array], Sequence[Array]], tuple[Tiles, Tiles]]:
+    """`(values, global scale as prepared, table) -> (packed, scales)` of blocks."""
+    arithmetic = EMULATED if interpret else PTX
+
+    def encode(values: Values, constants: Sequence[Array], table: Sequence[Array]) -> tuple[Tiles, Tiles]:
+        prepared, values = Prepared(*constants), prepare.apply(values)
+        bits = values.map(_bits)
+        scales = choose(bits, Context(prepared, arithmetic, table))
+        coder = Coder.of(scales, prepared, arithmetic, values.dtype)
+        return bits.map(coder.encode).packed(), (scales.codes,)
+
+    return encode
 
 
 def fake_quantize_blocks(

@@ -7,7 +7,7 @@ off by, which is one block of some thousand, the integers decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from jaxfp4.formats import exact, fp8
 from jaxfp4.formats.minifloat import E2M1, E4M3
-from jaxfp4.formats.thresholds import code_thresholds
+from jaxfp4.formats.squared_error import Error, Grid, high_square, high_term, less, low_square, low_term
 from jaxfp4.kernels.blocks import Launch, Values
 from jaxfp4.kernels.quantize import MAGNITUDE, Context, Tuning, amax_bits
 from jaxfp4.kernels.rounding import Scales
@@ -30,11 +30,7 @@ _AT_ONCE = 2
 _TOLERANCE = 2.0**-14
 """More than what float errors are off by, relative to them: 2^-19 for 16 squares of differences."""
 _FLOOR = 2.0**-20
-"""The same for small errors, in squares of the block scale of max calibration."""
-_HIGH_PART = 2.0**10
-_LOW_BITS = 13
-_TINY = 1 << 8
-_TO_INTEGER = 1.5 * 2.0**23
+"""The same for small errors, in squares of the block scale of max calibration; twice that with weights, up to 2."""
 
 
 _State = tuple[Any, Array, Array, Array]
@@ -53,9 +49,23 @@ class Block(NamedTuple):
     unit: Array
     """The inverse of a power of two that makes all magnitudes less than 8."""
 
+    @property
+    def largest(self) -> Array:
+        """The largest magnitude in the block's unit."""
+        return exact.as_float(self.amax) * self.unit
 
-def _prepared(values: Values, context: Context) -> tuple[Block, Values]:
-    """The blocks, and their magnitudes in their units."""
+    def scale(self, codes: Array, context: Context) -> Array:
+        """The block scales of codes, int32, in the block's unit."""
+        return (fp8.decode(codes.astype(jnp.uint32)) * context.prepared.global_scale) * self.unit
+
+    def stored(self, chosen: Array) -> Scales:
+        """The scales of the chosen codes, where the block is not settled."""
+        codes = jnp.where(self.settled, self.calibrated.codes, chosen.astype(jnp.uint32))
+        return Scales(codes, fp8.decode(jnp.minimum(codes, jnp.uint32(LARGEST_CODE))))
+
+
+def prepared_block(values: Values, context: Context) -> tuple[Block, Values]:
+    """The blocks of values given as bits, and their magnitudes in their units."""
     prepared = context.prepared
     amax = amax_bits(values)
     calibrated = Scales.of_amax(amax, prepared, context.arithmetic)
@@ -70,144 +80,137 @@ def _prepared(values: Values, context: Context) -> tuple[Block, Values]:
     return Block(amax, calibrated, settled, unit), values.map(magnitude)
 
 
-def _scale(codes: Array, block: Block, context: Context) -> Array:
-    """The block scales of codes, int32, in the blocks' units."""
-    return (fp8.decode(codes.astype(jnp.uint32)) * context.prepared.global_scale) * block.unit
-
-
-def _stored(chosen: Array, block: Block) -> Scales:
-    codes = jnp.where(block.settled, block.calibrated.codes, chosen.astype(jnp.uint32))
-    values = fp8.decode(jnp.minimum(codes, jnp.uint32(LARGEST_CODE)))
-    return Scales(codes, values)
-
-
 def mse_scales(values: Values, context: Context) -> Scales:
     """`jaxfp4.algorithms.mse.mse_scales` without importance."""
-    block, magnitudes = _prepared(values, context)
-    largest = exact.as_float(block.amax) * block.unit
-    calibrated = block.calibrated.codes.astype(jnp.int32)
-    highest = jnp.minimum(jnp.maximum(calibrated + OCTAVE, WITHOUT_HALF), LARGEST_CODE)
+    return _Search.of(values, context, None).scales()
 
-    def reaches(code: Array, best: Array) -> Array:
-        beyond = jnp.maximum(largest - E2M1.max * _scale(jnp.maximum(code, 1), block, context), 0.0)
-        may_win = (code >= 1) & (beyond * beyond <= best * (1 + _TOLERANCE) + _FLOOR)
-        return jnp.where(block.settled, 0, jnp.where(may_win, 1, 0))
 
-    def proceed(state: _State) -> Array:
+def weighted_mse_scales(values: Values, context: Context) -> Scales:
+    """`jaxfp4.algorithms.mse.mse_scales`; the context's table is `importance_table`'s."""
+    return _Search.of(values, context, context.table).scales()
+
+
+def four_over_six_scales(values: Values, context: Context) -> Scales:
+    """`jaxfp4.algorithms.four_over_six.four_over_six_scales`."""
+    block, magnitudes = prepared_block(values, context)
+    larger = exact.as_bits(exact.as_float(block.amax) * 1.5)
+    four = Scales.of_amax(larger, context.prepared, context.arithmetic).codes.astype(jnp.int32)
+    six = block.calibrated.codes.astype(jnp.int32)
+    codes = [jnp.clip(code, 1, LARGEST_CODE) for code in (six, four)]
+    at_six, at_four = (_exact_error(magnitudes, None, block.scale(code, context)) for code in codes)
+    return block.stored(jnp.where(less(at_four, at_six), codes[1], codes[0]))
+
+
+class _Search(NamedTuple):
+    """For the code with the least error, from the highest that can win downwards."""
+
+    context: Context
+    block: Block
+    magnitudes: Values
+    weights: Values | None
+    """Numbers up to 2, for all blocks; None for ones."""
+    highest: Array
+
+    @classmethod
+    def of(cls, values: Values, context: Context, weights: Sequence[Array] | None) -> _Search:
+        block, magnitudes = prepared_block(values, context)
+        calibrated = block.calibrated.codes.astype(jnp.int32)
+        highest = jnp.minimum(jnp.maximum(calibrated + OCTAVE, WITHOUT_HALF), LARGEST_CODE)
+        paired = None if weights is None else Values(tuple(weights[::2]), tuple(weights[1::2]))
+        return cls(context, block, magnitudes, paired, highest)
+
+    def scales(self) -> Scales:
+        """Those with the least error, the lowest of equals."""
+        infinite = jnp.full(self.highest.shape, jnp.inf, jnp.float32)
+        start = (jnp.int32(0), self.highest, infinite, infinite)
+        steps, chosen, best, second = lax.while_loop(self._proceed, self._advance, start)
+        close = jnp.where(self.block.settled, 0, jnp.where(second <= self._at_most(best), 1, 0))
+
+        def by_integers() -> Array:
+            return jnp.where(close > 0, self._least(steps), chosen)
+
+        return self.block.stored(lax.cond(jnp.max(close) > 0, by_integers, lambda: chosen))
+
+    def _at_most(self, error: Array) -> Array:
+        """What the float of an error may be that is not larger than another of this float."""
+        return error * (1 + _TOLERANCE) + (_FLOOR if self.weights is None else 2 * _FLOOR)
+
+    def _proceed(self, state: _State) -> Array:
         step, _, best, _ = state
-        return jnp.max(reaches(highest - step, best)) > 0
+        code = self.highest - step
+        limit = E2M1.max * self.block.scale(jnp.maximum(code, 1), self.context)
+        if self.weights is None:
+            beyond = jnp.maximum(self.block.largest - limit, 0.0)
+            clipped = beyond * beyond
+        else:
+            squares = self.magnitudes.map(lambda m: jnp.maximum(m - limit, 0.0)).map(lambda b: b * b)
+            clipped = _total(_weighted(squares, self.weights))
+        may_win = (code >= 1) & (clipped <= self._at_most(best))
+        return jnp.max(jnp.where(self.block.settled, 0, jnp.where(may_win, 1, 0))) > 0
 
-    def advance(state: _State) -> _State:
+    def _advance(self, state: _State) -> _State:
         step, chosen, best, second = state
         for _ in range(_AT_ONCE):
-            code = jnp.maximum(highest - step, 1)
-            error = _approximate_error(magnitudes, _scale(code, block, context), context)
+            code = jnp.maximum(self.highest - step, 1)
+            error = self._approximate_error(self.block.scale(code, self.context))
             # The lowest code may come more than once, which is no second one.
-            error = jnp.where(highest - step >= 1, error, jnp.inf)
+            error = jnp.where(self.highest - step >= 1, error, jnp.inf)
             better = error <= best
             second = jnp.minimum(second, jnp.where(better, best, error))
             chosen, best = jnp.where(better, code, chosen), jnp.where(better, error, best)
             step = step + 1
         return step, chosen, best, second
 
-    infinite = jnp.full(highest.shape, jnp.inf, jnp.float32)
-    start = (jnp.int32(0), highest, infinite, infinite)
-    steps, chosen, best, second = lax.while_loop(proceed, advance, start)
-    close = jnp.where(block.settled, 0, jnp.where(second <= best * (1 + _TOLERANCE) + _FLOOR, 1, 0))
+    def _approximate_error(self, scale: Array) -> Array:
+        """The sum of squared errors as a float."""
+        inverse = self.context.arithmetic.estimate(scale)
 
-    def by_integers() -> Array:
-        exactly = _least(lambda step: jnp.maximum(highest - step, 1), steps, magnitudes, block, context)
-        return jnp.where(close > 0, exactly, chosen)
+        def square(magnitude: Array) -> Array:
+            quotient = magnitude * inverse
+            inside = jnp.minimum(quotient, E2M1.max)
+            power = exact.power_of_two(jnp.maximum(inside, 1.0)) * 2.0**22
+            error = quotient - ((inside + power) - power)
+            return error * error
 
-    return _stored(lax.cond(jnp.max(close) > 0, by_integers, lambda: chosen), block)
+        return _total(_weighted(self.magnitudes.map(square), self.weights)) * (scale * scale)
 
+    def _least(self, steps: Array) -> Array:
+        """Of the codes of the first steps, which fall, the one with the least exact error, the lowest of equals."""
 
-def four_over_six_scales(values: Values, context: Context) -> Scales:
-    """`jaxfp4.algorithms.four_over_six.four_over_six_scales`."""
-    block, magnitudes = _prepared(values, context)
-    larger = exact.as_bits(exact.as_float(block.amax) * 1.5)
-    four = Scales.of_amax(larger, context.prepared, context.arithmetic).codes.astype(jnp.int32)
-    six = block.calibrated.codes.astype(jnp.int32)
-    codes = [jnp.clip(code, 1, LARGEST_CODE) for code in (six, four)]
-    at_six, at_four = (_exact_error(magnitudes, _scale(code, block, context)) for code in codes)
-    return _stored(jnp.where(_less(at_four, at_six), codes[1], codes[0]), block)
+        def advance(step: Array, state: tuple[Array, Error]) -> tuple[Array, Error]:
+            chosen, best = state
+            code = jnp.maximum(self.highest - step, 1)
+            error = _exact_error(self.magnitudes, self.weights, self.block.scale(code, self.context))
+            worse = less(best, error)
+            kept = [jnp.where(worse, old, new) for old, new in zip(best, error, strict=True)]
+            return jnp.where(worse, chosen, code), Error(*kept)
 
-
-def _approximate_error(magnitudes: Values, scale: Array, context: Context) -> Array:
-    """The sum of squared errors as a float."""
-    inverse = context.arithmetic.estimate(scale)
-
-    def square(magnitude: Array) -> Array:
-        quotient = magnitude * inverse
-        inside = jnp.minimum(quotient, E2M1.max)
-        power = exact.power_of_two(jnp.maximum(inside, 1.0)) * 2.0**22
-        error = quotient - ((inside + power) - power)
-        return error * error
-
-    return magnitudes.map(square).reduce(jnp.add, jnp.sum) * (scale * scale)
+        most = jnp.full(self.highest.shape, jnp.iinfo(jnp.int32).max, jnp.int32)
+        worst = Error(most, most, jnp.full(self.highest.shape, jnp.inf, jnp.float32))
+        return lax.fori_loop(0, steps, advance, (self.highest, worst))[0]
 
 
-class Error(NamedTuple):
-    """As `jaxfp4.algorithms.block_error.Error`."""
-
-    high: Array
-    low: Array
-    rounded: Array
-
-
-def _less(left: Error, right: Error) -> Array:
-    tiny = (left.high < _TINY) & (right.high < _TINY)
-    whole = (left.high < right.high) | ((left.high == right.high) & (left.low < right.low))
-    return jnp.where(tiny, left.rounded < right.rounded, whole)
-
-
-def _exact_error(magnitudes: Values, scale: Array) -> Error:
+def _exact_error(magnitudes: Values, weights: Values | None, scale: Array) -> Error:
     """The sum of squared errors as integers, those of `jaxfp4.algorithms.block_error.Blocks.error`."""
-    borders = [exact.as_float(bits) for bits in code_thresholds(scale).reached]
-    steps = [scale * float(value) for value in E2M1.magnitudes[1:]]
+    errors = magnitudes.map(Grid.of(scale).error)
+    squares = errors.map(lambda e: e * e)
+    if weights is None:
+        parts = errors.map(high_square), errors.map(low_square), squares
+    else:
+        terms = _weighted(squares, weights)
+        parts = terms.map(high_term), terms.map(low_term), terms
+    return Error.of_sums(*map(_total, parts))
 
-    def error(magnitude: Array) -> Array:
-        value = jnp.zeros_like(magnitude)
-        for border, step in zip(borders, steps, strict=True):
-            value = jnp.where(magnitude >= border, step, value)
-        return magnitude - value
 
-    errors = magnitudes.map(error)
-    high = errors.map(lambda e: _whole(e) * _whole(e))
-    low = errors.map(_rest)
-    lows = _total(low)
-    mask = (1 << _LOW_BITS) - 1
-    return Error(_total(high) + (lows >> _LOW_BITS), lows & mask, _total(errors.map(lambda e: e * e)))
+def _weighted(values: Values, weights: Values | None) -> Values:
+    if weights is None:
+        return values
+    even, odd = (
+        tuple(w * v for w, v in zip(ws, vs, strict=True))
+        for ws, vs in ((weights.even, values.even), (weights.odd, values.odd))
+    )
+    return Values(even, odd)
 
 
 def _total(parts: Values) -> Array:
     return parts.reduce(jnp.add, jnp.sum)
-
-
-def _whole(error: Array) -> Array:
-    return ((error * _HIGH_PART + _TO_INTEGER) - _TO_INTEGER).astype(jnp.int32)
-
-
-def _rest(error: Array) -> Array:
-    high = _whole(error).astype(jnp.float32) * (1 / _HIGH_PART)
-    rest = error - high
-    return (rest * (high * 2 + rest) * (_HIGH_PART**2 * 2**_LOW_BITS)).astype(jnp.int32)
-
-
-def _least(
-    code_at: Callable[[Array], Array], steps: Array, magnitudes: Values, block: Block, context: Context
-) -> Array:
-    """Of the codes at steps 0 to `steps` - 1, which fall, the one with the least exact error, the lowest of equals."""
-
-    def advance(step: Array, state: tuple[Array, Error]) -> tuple[Array, Error]:
-        chosen, best = state
-        code = code_at(step)
-        error = _exact_error(magnitudes, _scale(code, block, context))
-        worse = _less(best, error)
-        kept = [jnp.where(worse, old, new) for old, new in zip(best, error, strict=True)]
-        return jnp.where(worse, chosen, code), Error(*kept)
-
-    first = code_at(jnp.int32(0))
-    most = jnp.full(first.shape, jnp.iinfo(jnp.int32).max, jnp.int32)
-    worst = Error(most, most, jnp.full(first.shape, jnp.inf, jnp.float32))
-    return lax.fori_loop(0, steps, advance, (first, worst))[0]

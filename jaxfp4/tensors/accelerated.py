@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax import Array, lax
 
 from jaxfp4.formats import BLOCK_SIZE
 from jaxfp4.kernels.blocks import Geometry
+from jaxfp4.kernels.groups import Groups
 from jaxfp4.kernels.quantize import (
     AS_THEY_ARE,
     ROUNDING,
@@ -24,6 +26,7 @@ from jaxfp4.kernels.quantize import (
     fake_quantize_blocks,
     max_scales,
     quantize_blocks,
+    quantize_in_groups,
 )
 from jaxfp4.kernels.rotation import rotation
 from jaxfp4.tensors.blocks import Blocking
@@ -39,6 +42,11 @@ class Kernel:
 
     choose: KernelScales
     tuning: Tuning
+    table: Callable[[Array, int], Array] | None = None
+    """`(moments [R, ...] in blocks, axis of 16) -> float32 [D, ...]`, the table of a choice that wants one.
+
+    The axis has size 1 then, the other dimensions are those of the moments. None if moments are not looked at.
+    """
 
 
 MAX = Kernel(max_scales, ROUNDING)
@@ -74,7 +82,22 @@ def geometry_of(blocking: Blocking, global_scale: Array) -> Geometry | None:
     return Geometry(math.prod(blocks[:kept]), math.prod(blocks[kept : axis + 1]), math.prod(blocks[axis + 2 :]))
 
 
-def _scales_for(geometry: Geometry, global_scale: Array, x: Array) -> Array:
+def groups_of(blocking: Blocking, geometry: Geometry, moments: Array) -> Groups | None:
+    """How blocks share moments `[R, ...]` in blocks; None if these differ between outputs behind each other."""
+    blocks, axis = blocking.blocks_shape, blocking.axis
+    given = moments.shape[1:]
+    own = next((d for d in range(axis) if given[d] != blocks[d]), axis)
+    if any(n > 1 for n in (*given[own:axis], *given[axis + 2 :])):
+        return None
+    lead = math.prod(blocks[:own])
+    # A global scale for each entry of more axes than the moments have would split `repeat`.
+    if lead % geometry.outer:
+        return None
+    repeat = math.prod(blocks[own:axis])
+    return Groups(geometry.outer, lead, repeat, blocks[axis], math.prod(blocks[axis + 2 :]))
+
+
+def _scales_for(geometry: Geometry | Groups, global_scale: Array, x: Array) -> Array:
     """`[outer]`, of the type of `x` inside a shard_map."""
     return varying_as(global_scale.reshape(geometry.outer), x)
 
@@ -97,19 +120,46 @@ def quantize(
     prepare: Preparation = AS_THEY_ARE,
 ) -> tuple[Array, Array]:
     """`(packed, scales as uint8)` in the axis order of `w`, whose blocks are one after the other."""
-    blocks = blocking.to_blocks(w)
-    shape, axis = blocks.shape, blocking.axis
     packed, scales = quantize_blocks(
-        _shaped(blocks, geometry, BLOCK_SIZE),
+        _shaped(blocking.to_blocks(w), geometry, BLOCK_SIZE),
         _scales_for(geometry, global_scale, w),
         geometry,
         kernel.choose,
         kernel.tuning,
         prepare=prepare,
     )
-    rest = shape[axis + 2 :]
-    return packed.reshape(*shape[:axis], shape[axis] * (BLOCK_SIZE // 2), *rest), scales.reshape(
-        *shape[: axis + 1], *rest
+    return _merged(packed, scales, blocking)
+
+
+def quantize_groups(
+    w: Array,
+    global_scale: Array,
+    blocking: Blocking,
+    groups: Groups,
+    table: Array,
+    kernel: Kernel,
+    prepare: Preparation = AS_THEY_ARE,
+) -> tuple[Array, Array]:
+    """As `quantize`, by a kernel that wants `table`, as it makes it."""
+    packed, scales = quantize_in_groups(
+        blocking.to_blocks(w).reshape(groups.shape),
+        _scales_for(groups, global_scale, w),
+        varying_as(jnp.moveaxis(table, 0, -1).reshape(groups.lead, groups.groups, len(table)), w),
+        groups,
+        kernel.choose,
+        kernel.tuning.strided,
+        prepare=prepare,
+    )
+    return _merged(packed, scales, blocking)
+
+
+def _merged(packed: Array, scales: Array, blocking: Blocking) -> tuple[Array, Array]:
+    """Codes and block scales of blocks in the axis order of the array."""
+    shape, axis = blocking.blocks_shape, blocking.axis
+    leading, rest = shape[:axis], shape[axis + 2 :]
+    return (
+        packed.reshape(*leading, shape[axis] * (BLOCK_SIZE // 2), *rest),
+        scales.reshape(*leading, shape[axis], *rest),
     )
 
 

@@ -65,7 +65,7 @@ class RoundToNearest:
     choose_scales: ChooseScales = max_scales
     whole_contraction: bool = False
     kernel: accelerated.Kernel | None = None
-    """The same choice in a GPU kernel, for a tensor without moments; None if there is none."""
+    """The same choice in a GPU kernel; None if there is none."""
 
     def __call__(self, w: Array, global_scale: Array, blocking: Blocking, moments: Array | None) -> Encoded:
         """The codes of an array or a shard."""
@@ -282,19 +282,38 @@ def _encoded(
         packed = lax.collapse(encoded.packed, blocking.axis, blocking.axis + 2)
         return packed, jnp.squeeze(encoded.scales, blocking.axis + 1)
 
-    geometry = accelerated.geometry_of(blocking, global_scale)
-    if kernels and moments is None and encoder.kernel is not None and geometry is not None:
-        fast = functools.partial(
-            accelerated.quantize,
-            blocking=blocking,
-            geometry=geometry,
-            kernel=encoder.kernel,
-            prepare=accelerated.preparation(jnp.float32, rotated),
-        )
-        packed, scales = lax.platform_dependent(w, global_scale, cuda=fast, default=plain)
-    else:
+    prepare = accelerated.preparation(jnp.float32, rotated)
+    fast = _in_kernel(encoder.kernel, blocking, global_scale, moments, prepare) if kernels else None
+    if fast is None:
         packed, scales = plain(w, global_scale)
+    else:
+        packed, scales = lax.platform_dependent(w, global_scale, cuda=fast, default=plain)
     return packed, lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
+
+
+def _in_kernel(
+    kernel: accelerated.Kernel | None,
+    blocking: Blocking,
+    global_scale: Array,
+    moments: Array | None,
+    prepare: accelerated.Preparation,
+) -> Callable[[Array, Array], tuple[Array, Array]] | None:
+    """`(w, global_scale) -> (packed, scales)` by a kernel; None if there is none for this choice or layout."""
+    geometry = accelerated.geometry_of(blocking, global_scale)
+    if kernel is None or geometry is None:
+        return None
+    if kernel.table is None:
+        return functools.partial(
+            accelerated.quantize, blocking=blocking, geometry=geometry, kernel=kernel, prepare=prepare
+        )
+    in_blocks = moments_in_blocks(moments, blocking)
+    groups = None if in_blocks is None else accelerated.groups_of(blocking, geometry, in_blocks)
+    if in_blocks is None or groups is None:
+        return None
+    table = kernel.table(in_blocks, blocking.axis + 2)
+    return functools.partial(
+        accelerated.quantize_groups, blocking=blocking, groups=groups, table=table, kernel=kernel, prepare=prepare
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
