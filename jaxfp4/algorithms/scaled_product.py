@@ -96,9 +96,9 @@ def scaled_matmul(
     axis of E experts. The result is `[M, N]` or `[E, M, N]`, cast to `dtype` last.
 
     Code times scale has at most 6 significant bits and a product of two 12, so they are exact, and only their sum and
-    the two factors are rounded: before the cast the result is within `(K + 2) * 2^-24 * sum(|x| * |w|)` of that in real
-    numbers, for any order of IEEE additions, and four times that for tensor cores that truncate. Simulation rounds both
-    operands to the model's dtype besides.
+    the two factors are rounded: before the cast the result is, to first order, within `(K + 2) * 2^-24` times
+    `sum(|x| * |w|)` of real numbers for any order of IEEE additions, and four times that for tensor cores that
+    truncate. Simulation rounds both operands to the model's dtype besides.
     """
     last, batch = w_packed.ndim - 1, tuple(range(w_packed.ndim - 2))
     total = lax.scaled_dot(

@@ -106,7 +106,7 @@ def _shaped(x: Array, geometry: Geometry, entries: int) -> Array:
     return x.reshape(geometry.outer, geometry.blocks, entries, geometry.inner)
 
 
-def rotated_blocks(dtype: jax.typing.DTypeLike, rotated: bool) -> Preparation:
+def preparation(dtype: jax.typing.DTypeLike, rotated: bool) -> Preparation:
     """Blocks multiplied by the Hadamard matrix and rounded to a dtype, or left as they are."""
     return rotation(np.dtype(dtype)) if rotated else AS_THEY_ARE
 

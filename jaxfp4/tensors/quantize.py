@@ -283,7 +283,7 @@ def _encoded(
         packed = lax.collapse(encoded.packed, blocking.axis, blocking.axis + 2)
         return packed, jnp.squeeze(encoded.scales, blocking.axis + 1)
 
-    prepare = accelerated.rotated_blocks(jnp.float32, rotated)
+    prepare = accelerated.preparation(jnp.float32, rotated)
     fast = _in_kernel(encoder.kernel, blocking, global_scale, moments, prepare) if kernels else None
     if fast is None:
         packed, scales = plain(w, global_scale)
@@ -354,7 +354,7 @@ def _fake_quantize(x: Array, global_scale: Array, blocking: Blocking, rotated: b
     geometry = accelerated.geometry_of(blocking, global_scale)
     if not kernels or geometry is None:
         return plain(x, global_scale)
-    prepare = accelerated.rotated_blocks(x.dtype, rotated)
+    prepare = accelerated.preparation(x.dtype, rotated)
     fast = functools.partial(accelerated.fake_quantize, blocking=blocking, geometry=geometry, prepare=prepare)
     return lax.platform_dependent(x, global_scale, cuda=fast, default=plain)
 

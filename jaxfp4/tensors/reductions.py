@@ -136,7 +136,7 @@ def _block_amax(x: Array, blocking: Blocking, rotated: bool, kernels: bool) -> A
 
     if not kernels:
         return plain(x)
-    prepare = accelerated.rotated_blocks(jnp.float32, rotated)
+    prepare = accelerated.preparation(jnp.float32, rotated)
     fast = functools.partial(accelerated.block_amax, blocking=blocking, prepare=prepare)
     return lax.platform_dependent(x, cuda=fast, default=plain)
 

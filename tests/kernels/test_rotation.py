@@ -12,7 +12,7 @@ from jaxfp4.kernels import search
 from jaxfp4.kernels.blocks import Geometry, Launch
 from jaxfp4.kernels.quantize import Tuning, block_amax_blocks, fake_quantize_blocks, max_scales, quantize_blocks
 from jaxfp4.kernels.rotation import rotation
-from jaxfp4.recipes import Method, Mse
+from jaxfp4.recipes import Method, Mse, WeightedMse
 from jaxfp4.tensors import accelerated, block_amax, quantize_unchecked
 from jaxfp4.tensors.blocks import Blocking
 from jaxfp4.tensors.hadamard import hadamard
@@ -107,8 +107,8 @@ def test_searches_see_rotated_blocks():
 
 def test_rotations_of_a_dtype_are_one_object():
     """Or every trace would compile again."""
-    assert accelerated.rotated_blocks(jnp.bfloat16, True) is accelerated.rotated_blocks("bfloat16", True)
-    assert not accelerated.rotated_blocks(jnp.bfloat16, False).across
+    assert accelerated.preparation(jnp.bfloat16, True) is accelerated.preparation("bfloat16", True)
+    assert not accelerated.preparation(jnp.bfloat16, False).across
 
 
 @each_axis
@@ -156,3 +156,21 @@ def test_experts_on_a_gpu_have_the_bytes_of_the_cpu(axis):
     for form in (run, jax.jit(run)):
         for found, expected in zip(form(jnp.asarray(x)), wanted, strict=True):
             np.testing.assert_array_equal(np.asarray(found).view(np.uint8), np.asarray(expected).view(np.uint8))
+
+
+@pytest.mark.gpu
+@each_axis
+@pytest.mark.parametrize("method", [Method(Mse()), Method(WeightedMse())], ids=str)
+def test_searches_on_a_gpu_choose_as_the_cpu_does(method, axis):
+    x = hostile("normal", (256, 384), jnp.bfloat16)
+    importance = np.random.default_rng(1).uniform(size=x.shape[axis]).astype(np.float32)
+    moments = importance.reshape((1, -1, 1) if axis == 0 else (1, 1, -1))
+
+    def run(x, moments):
+        return quantize_unchecked(x, axis, encoder=encoder_for(method), moments=moments, rotation=16)
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        wanted = run(jnp.asarray(x), jnp.asarray(moments))
+    found = run(jnp.asarray(x), jnp.asarray(moments))
+    np.testing.assert_array_equal(np.asarray(found.packed), np.asarray(wanted.packed))
+    np.testing.assert_array_equal(np.asarray(found.scales).view(np.uint8), np.asarray(wanted.scales).view(np.uint8))
