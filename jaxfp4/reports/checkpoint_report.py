@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxfp4.checkpoints.configs import read_config
+from jaxfp4.checkpoints.decoding import decoded_blocks
 from jaxfp4.checkpoints.safetensors_file import Checkpoint, open_checkpoint
 from jaxfp4.checkpoints.verification.block_statistics import BlockStatistics
 from jaxfp4.checkpoints.verification.declarations import declarations
@@ -27,16 +28,11 @@ from jaxfp4.checkpoints.verification.quantized_modules import (
 )
 from jaxfp4.checkpoints.verification.verify_files import read_configs
 from jaxfp4.checkpoints.verification.verify_values import statistics_of
-from jaxfp4.formats import BLOCK_SIZE, E2M1, E4M3
+from jaxfp4.formats import BLOCK_SIZE
 from jaxfp4.formats.nvfp4 import TENSOR_DIVISOR
 
 _PIECE_VALUES = 1 << 16
 _BF16 = np.dtype(ml_dtypes.bfloat16)
-_CODE_VALUES = E2M1.values.astype(np.float32)
-_SCALE_VALUES = E4M3.values.astype(np.float32)
-_BYTES = np.arange(256)
-# The two values that a byte of packed codes stands for, the low nibble first, as one item of 64 bits.
-_PAIRS = np.stack([_CODE_VALUES[_BYTES & 15], _CODE_VALUES[_BYTES >> 4]], axis=-1).view(np.uint64)[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,12 +220,10 @@ def energies(
     rows = max(1, _PIECE_VALUES // w.shape[1])
     signal = noise = 0.0
     with np.errstate(all="ignore"):
-        block_scales = _SCALE_VALUES * global_scale
         for start in range(0, len(w), rows):
             part = slice(start, start + rows)
             wide = _float32(w[part]).reshape(-1, BLOCK_SIZE)
-            q = _PAIRS.take(codes[part]).view(np.float32).reshape(wide.shape)
-            q *= block_scales.take(scales[part].view(np.uint8)).reshape(-1, 1)
+            q = decoded_blocks(codes[part], scales[part], global_scale)
             np.subtract(wide, q, out=q)
             signal += _square(wide)
             noise += _square(q)
