@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `jaxfp4 ARGUMENTS` and returns the exit status."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names in files may hold what no terminal can show
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         status: int | None = options.run(options, console)
@@ -80,10 +83,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--sequence-length", type=_positive, help="tokens a row; by default 512, .npy rows whole")
     command.set_defaults(run=_quantize)
 
-    command = commands.add_parser("convert", help="an NVFP4 checkpoint in the other format, without its model")
+    command = commands.add_parser(
+        "convert", help="an NVFP4 checkpoint in the other format, or in bfloat16 again, without its model"
+    )
     command.add_argument("in_dir", type=Path, metavar="IN_DIR")
     command.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="a directory that does not exist yet")
-    command.add_argument("--format", required=True, choices=("modelopt", "compressed-tensors"))
+    command.add_argument(
+        "--format",
+        required=True,
+        choices=("modelopt", "compressed-tensors", "bfloat16"),
+        help="bfloat16: the dequantized weights, for readers that know no NVFP4",
+    )
     command.add_argument("--max-shard-bytes", type=_positive, default=DEFAULT_SHARD_BYTES, help="of each file")
     command.set_defaults(run=_convert)
 
