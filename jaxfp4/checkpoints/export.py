@@ -59,7 +59,9 @@ def export_checkpoint(
 
     Args:
         qparams: arrays of JAX, on any mesh, or of numpy.
-        out_dir: must not exist, its parent must. It appears whole or, if anything fails, not at all.
+        out_dir: must not exist, its parent must. It appears whole or, if anything fails, not at all. What a killed
+            process has left beside it, `.NAME.XXXXXXXX.partial`, is removed by the next export of that name from the
+            same host.
         format: "modelopt" (Model-Optimizer) or "compressed-tensors" (`nvfp4-pack-quantized`).
         names: path of a leaf, components joined by '/', -> checkpoint module name or `TensorName`. A name with
             `{layer}` or
