@@ -1,12 +1,12 @@
 """Our compressed-tensors exports, read by transformers: the same weights and the same logits.
 
 What transformers makes of NVFP4 experts depends on its version, not on what we write; all of it was tried on the files
-of this test. Every weight of every model is exact in 4.57.6, if read as `read` does. From 5.0 on experts are stacks, and
-none of the releases tried has them right: in 5.6.2 to 5.12.1 they are random, in 5.14.1 to 5.24.0 they lack their global
-scale (transformers issue 48372: `integrations/compressed_tensors.py` collects `weight_global_scale`, and hands only
-codes and block scales on to the decompressor). No other content of the files changes that: the scale would have to be
-1, and block scales of usual weights lie below the normal numbers of E4M3 then. What these versions read right is the
-checkpoint in bfloat16 (`jaxfp4 convert --format bfloat16`); the last test here is about that.
+of this test. Every weight of every model is exact in 4.57.6, if read as `read` does. Since 5.0 experts are stacks, and
+none of the releases tried has them right: in 5.6.2, 5.9 and 5.12.1 they are random, in 5.14.1, 5.18, 5.23 and 5.24 they
+lack their global scale (transformers issue 48372: `integrations/compressed_tensors.py` collects `weight_global_scale`
+and hands only codes and block scales on to the decompressor). No other content of the files changes that: the scale
+would have to be 1, and block scales of usual weights lie below the normal numbers of E4M3 then. What these versions
+read right is the checkpoint in bfloat16 (`jaxfp4 convert --format bfloat16`); the last test here is about that.
 """
 
 import json

@@ -112,8 +112,9 @@ CACHE_UNDECLARED = Rule(
 CACHE_NVFP4 = Rule(
     "cache-nvfp4",
     Severity.NOTE,
-    "TensorRT-LLM loads the scales of an NVFP4 cache only with TRTLLM_LOAD_KV_SCALES=1",
-    "set the variable",
+    "TensorRT-LLM loads the scales of an NVFP4 cache only with TRTLLM_LOAD_KV_SCALES=1; writers do not agree whether "
+    "they are amax / 448 (Model-Optimizer's Hugging Face export, and jaxfp4) or amax / 2688 (auto-round)",
+    "set the variable, and compare outputs with those of an unquantized cache",
 )
 LAYERS = Rule(
     "missing-layers",
