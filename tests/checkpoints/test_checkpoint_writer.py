@@ -291,27 +291,39 @@ def test_without_permission_one_line_is_given_and_nothing_is_left():
     """As another user where the tests run as root, whom nothing is forbidden."""
     program = """
 import os, pathlib, sys
+from jaxfp4.checkpoints import open_checkpoint
+from jaxfp4.checkpoints.streaming.resume import resumable_directory
 from jaxfp4.checkpoints.writer import new_directory
+locked = pathlib.Path(sys.argv[1])
 if os.geteuid() == 0:
     os.setegid(65534)
     os.seteuid(65534)
-try:
-    with new_directory(pathlib.Path(sys.argv[1])):
-        raise AssertionError("it was made")
-except OSError as error:
-    print(error)
+attempts = (
+    lambda: new_directory(locked / "out").__enter__(),
+    lambda: resumable_directory(locked / "out", {}, print).__enter__(),
+    lambda: open_checkpoint(locked),
+)
+for attempt in attempts:
+    try:
+        attempt()
+    except OSError as error:
+        print(error)
 """
     with tempfile.TemporaryDirectory() as directory:
         locked = pathlib.Path(directory)
+        (locked / "model.safetensors").write_bytes(bytes(8))
+        (locked / "model.safetensors").chmod(0)
         locked.chmod(0o555)
-        command = [sys.executable, "-c", program, str(locked / "out")]
-        done = subprocess.run(
-            command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
-        )
+        command = [sys.executable, "-c", program, str(locked)]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         wanted = (
-            rf"{locked}/out: writing failed: Permission denied \(\.out\..*\); nothing was left behind; make room or .*"
+            rf"{locked}/out: writing failed: Permission denied \(\.out\..*\); nothing was left behind; make room or .*",
+            rf"{locked}/out: writing failed: Permission denied \({locked}/\.out\.partial\); name another directory",
+            rf"\[Errno 13\] Permission denied: .{locked}/model\.safetensors.",
         )
-        assert re.fullmatch(wanted, done.stdout.strip())
-        assert list(locked.iterdir()) == []
+        for line, pattern in zip(done.stdout.splitlines(), wanted, strict=True):
+            assert re.fullmatch(pattern, line)
+        assert [path.name for path in locked.iterdir()] == ["model.safetensors"]
         locked.chmod(0o755)
