@@ -33,7 +33,7 @@ from jaxfp4.checkpoints.stored import (
 from jaxfp4.checkpoints.streaming.file_plan import sign_of_quantization
 from jaxfp4.checkpoints.streaming.file_quantization import DEFAULT_SHARD_BYTES, Say, copy_tensor, job_of, write_rest
 from jaxfp4.checkpoints.streaming.resume import resumable_directory
-from jaxfp4.checkpoints.streaming.shard_files import NewFile, NewTensor, refuse_too_large, write_shards
+from jaxfp4.checkpoints.streaming.shard_files import Metadata, NewFile, NewTensor, refuse_too_large, write_shards
 from jaxfp4.checkpoints.streaming.tensor_source import Reader, StoredTensor, TensorSource, open_source
 from jaxfp4.tensors.cache import CacheFormat
 
@@ -79,7 +79,36 @@ def convert(
         raise ValueError(f"{in_dir}: its format is {file_format} already: wanted {other}; nothing is to be done")
     modules = checked_modules(stored, source, file_format)
     tensors, exact = _tensors(stored, source, file_format)
-    carried = carried_files(in_dir)
+    rewrite(
+        source,
+        out_dir,
+        tensors,
+        lambda file, tensor: file.write(tensor.name, 0, np.full(1, tensor.origin, np.float32)),
+        config_files(modules, without_quantization(stored.config), file_format),
+        file_format=file_format,
+        max_shard_bytes=max_shard_bytes,
+        metadata=_metadata_for(exact),
+        say=say,
+    )
+
+
+def rewrite(
+    source: TensorSource,
+    out_dir: Path,
+    tensors: Sequence[NewTensor],
+    write: Callable[[NewFile, NewTensor], None],
+    configs: Mapping[str, Mapping[str, Any]],
+    *,
+    file_format: str,
+    max_shard_bytes: int | None,
+    metadata: Metadata = lambda tensors: {},
+    say: Say,
+) -> None:
+    """Writes a checkpoint in another format, resumably, and copies the files that are carried along.
+
+    Tensors whose origin is a `StoredTensor` are copied; `write` puts the others into their file.
+    """
+    carried = carried_files(source.directory)
     job = job_of("convert", source, carried, {"format": file_format, "max_shard_bytes": max_shard_bytes})
     with resumable_directory(out_dir, job, say) as directory, Reader() as reader:
         refuse_too_large(directory, out_dir, tensors)
@@ -89,10 +118,10 @@ def convert(
                 if isinstance(tensor.origin, StoredTensor):
                     copy_tensor(file, tensor.name, tensor.origin, reader, lambda count: None)
                 else:
-                    file.write(tensor.name, 0, np.full(1, tensor.origin, np.float32))
+                    write(file, tensor)
 
-        write_shards(directory, source.stem, tensors, max_shard_bytes, fill, _metadata_for(exact))
-        write_rest(directory, in_dir, carried, config_files(modules, without_quantization(stored.config), file_format))
+        write_shards(directory, source.stem, tensors, max_shard_bytes, fill, metadata)
+        write_rest(directory, source.directory, carried, configs)
 
 
 def checked_modules(stored: StoredCheckpoint, source: TensorSource, file_format: str) -> Modules:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from jaxfp4.checkpoints.carried_files import carried_files
 from jaxfp4.checkpoints.configs import CONFIG_FILE
 from jaxfp4.checkpoints.decoding import SCALE_VALUES, decoded_blocks
 from jaxfp4.checkpoints.stored import StoredCheckpoint, StoredFP8, StoredWeight, joined, open_quantized
-from jaxfp4.checkpoints.streaming.convert import CACHE_SCALES, checked_modules, without_quantization
-from jaxfp4.checkpoints.streaming.file_quantization import (
-    DEFAULT_SHARD_BYTES,
-    Say,
-    copy_tensor,
-    job_of,
-    pieces_of,
-    write_rest,
-)
-from jaxfp4.checkpoints.streaming.resume import resumable_directory
-from jaxfp4.checkpoints.streaming.shard_files import NewFile, NewTensor, refuse_too_large, write_shards
-from jaxfp4.checkpoints.streaming.tensor_source import Reader, StoredTensor, TensorSource, open_source
+from jaxfp4.checkpoints.streaming.convert import CACHE_SCALES, checked_modules, rewrite, without_quantization
+from jaxfp4.checkpoints.streaming.file_quantization import DEFAULT_SHARD_BYTES, Say, pieces_of
+from jaxfp4.checkpoints.streaming.shard_files import NewFile, NewTensor
+from jaxfp4.checkpoints.streaming.tensor_source import TensorSource, open_source
 
 DENSE = "bfloat16"
 """What stands for this among the names of formats."""
@@ -55,22 +46,21 @@ def dequantize_files(
     """
     stored, source = open_quantized(in_dir), open_source(in_dir)
     checked_modules(stored, source, DENSE)
-    tensors = list(_tensors(stored, source))
-    carried = carried_files(in_dir)
-    job = job_of("convert", source, carried, {"format": DENSE, "max_shard_bytes": max_shard_bytes})
-    with resumable_directory(out_dir, job, say) as directory, Reader() as reader:
-        refuse_too_large(directory, out_dir, tensors)
+    rewrite(
+        source,
+        out_dir,
+        list(_tensors(stored, source)),
+        _write_dense,
+        {CONFIG_FILE: without_quantization(stored.config)},
+        file_format=DENSE,
+        max_shard_bytes=max_shard_bytes,
+        say=say,
+    )
 
-        def fill(file: NewFile, shard: Sequence[NewTensor]) -> None:
-            for tensor in shard:
-                if isinstance(tensor.origin, StoredTensor):
-                    copy_tensor(file, tensor.name, tensor.origin, reader, lambda count: None)
-                    continue
-                for begin, values in _dense(tensor.origin):
-                    file.write(tensor.name, begin * _BF16.itemsize, values)
 
-        write_shards(directory, source.stem, tensors, max_shard_bytes, fill)
-        write_rest(directory, in_dir, carried, {CONFIG_FILE: without_quantization(stored.config)})
+def _write_dense(file: NewFile, tensor: NewTensor) -> None:
+    for begin, values in _dense(tensor.origin):
+        file.write(tensor.name, begin * _BF16.itemsize, values)
 
 
 def _tensors(stored: StoredCheckpoint, source: TensorSource) -> Iterator[NewTensor]:
