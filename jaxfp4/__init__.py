@@ -3,7 +3,9 @@
 The same bytes on every mesh: packed codes, block scales and global scales are reductions over the logical tensors.
 """
 
+import importlib
 import importlib.metadata
+from typing import TYPE_CHECKING, Any
 
 from jaxfp4 import recipes as recipes
 from jaxfp4.algorithms import calibrate as calibrate
@@ -20,7 +22,6 @@ from jaxfp4.checkpoints import load_checkpoint as load_checkpoint
 from jaxfp4.checkpoints import restore as restore
 from jaxfp4.checkpoints import save as save
 from jaxfp4.checkpoints import verify_checkpoint as verify_checkpoint
-from jaxfp4.models import from_flax as from_flax
 from jaxfp4.recipes import Plan as Plan
 from jaxfp4.recipes import Recipe as Recipe
 from jaxfp4.recipes import Role as Role
@@ -33,5 +34,21 @@ from jaxfp4.tensors import block_amax as block_amax
 from jaxfp4.tensors import fake_quantize as fake_quantize
 from jaxfp4.tensors import global_amax as global_amax
 from jaxfp4.tensors import quantize as quantize
+
+if TYPE_CHECKING:
+    from jaxfp4 import models as models
+    from jaxfp4.models import from_flax as from_flax
+else:
+
+    def __getattr__(name: str) -> Any:
+        """`models` and `from_flax`, on their first use: work on files alone starts without loading Flax."""
+        if name not in ("models", "from_flax"):
+            raise AttributeError(f"module 'jaxfp4' has no attribute {name!r}")
+        models = importlib.import_module("jaxfp4.models")
+        return models if name == "models" else models.from_flax
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), "models", "from_flax"})
+
 
 __version__ = importlib.metadata.version("jaxfp4")

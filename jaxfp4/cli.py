@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +16,10 @@ from rich.console import Console
 import jaxfp4
 from jaxfp4 import recipes
 from jaxfp4.checkpoints.streaming.file_quantization import DEFAULT_SHARD_BYTES
-from jaxfp4.commands.bench_kernels.command import Choice, bench_kernels
-from jaxfp4.commands.bench_model.command import VIRTUAL_DEVICES, ModelChoice, bench_model
-from jaxfp4.commands.bench_quality import HELD_OUT_BATCHES, bench_quality
-from jaxfp4.commands.convert import convert_directory
-from jaxfp4.commands.demo import DEVICES, demo
 from jaxfp4.commands.errors import CommandError
-from jaxfp4.commands.inspect_checkpoint import run_inspect
-from jaxfp4.commands.meshes import MeshShape, use_virtual_cpu_devices
-from jaxfp4.commands.quantize import quantize_directory
-from jaxfp4.commands.quantize_files import quantize_files
-from jaxfp4.commands.verify import run_verify
-from jaxfp4.models.calibration_data import BATCH_SIZE, SAMPLES
+
+# Each command imports what it needs when it runs: loading Flax or the benchmarks would double the time that work on
+# files takes to start.
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -35,6 +28,8 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `jaxfp4 ARGUMENTS` and returns the exit status."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names in files may hold what no terminal can show
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         status: int | None = options.run(options, console)
@@ -73,18 +68,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--mesh", help="axes and sizes such as tp=2,ep=4; by default one device")
     command.add_argument("--calib", type=Path, metavar="FILE", help=".npy tokens, .jsonl, or text")
     command.add_argument("--calib-field", metavar="NAME", help="what of a .jsonl object: text, messages or tokens")
-    command.add_argument("--samples", type=_positive, default=SAMPLES, help="rows of calibration data, the first")
+    command.add_argument("--samples", type=_positive, help="rows of calibration data, the first; by default 512")
     command.add_argument("--all-experts", action="store_true", help="calibrate all experts on all tokens")
     command.add_argument("--format", default="modelopt", choices=("modelopt", "compressed-tensors"))
     command.add_argument("--expert-scale", default="stack", choices=("stack", "expert"))
-    command.add_argument("--batch-size", type=_positive, default=BATCH_SIZE, help="rows of calibration data at a time")
+    command.add_argument("--batch-size", type=_positive, help="rows of calibration data at a time; by default 8")
     command.add_argument("--sequence-length", type=_positive, help="tokens a row; by default 512, .npy rows whole")
     command.set_defaults(run=_quantize)
 
-    command = commands.add_parser("convert", help="an NVFP4 checkpoint in the other format, without its model")
+    command = commands.add_parser(
+        "convert", help="an NVFP4 checkpoint in the other format, or in bfloat16 again, without its model"
+    )
     command.add_argument("in_dir", type=Path, metavar="IN_DIR")
     command.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="a directory that does not exist yet")
-    command.add_argument("--format", required=True, choices=("modelopt", "compressed-tensors"))
+    command.add_argument(
+        "--format",
+        required=True,
+        choices=("modelopt", "compressed-tensors", "bfloat16"),
+        help="bfloat16: the dequantized weights, for readers that know no NVFP4",
+    )
     command.add_argument("--max-shard-bytes", type=_positive, default=DEFAULT_SHARD_BYTES, help="of each file")
     command.set_defaults(run=_convert)
 
@@ -108,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         "quality", help="held-out loss and KL divergence of each recipe on the built-in model"
     )
     command.add_argument("--recipes", metavar="NAME,NAME", help="by default all; nvfp4 among them to compare with")
-    command.add_argument("--batches", type=_positive, default=HELD_OUT_BATCHES, help="of held-out text")
+    command.add_argument("--batches", type=_positive, help="of held-out text; by default all that the figures use")
     command.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures, unrounded")
     command.set_defaults(run=_bench_quality)
     command = benchmarks.add_parser("kernels", help="time of each array function, beside other libraries if installed")
@@ -136,6 +138,9 @@ def _positive(text: str) -> int:
 
 
 def _demo(options: argparse.Namespace, console: Console) -> None:
+    from jaxfp4.commands.demo import DEVICES, demo
+    from jaxfp4.commands.meshes import use_virtual_cpu_devices
+
     use_virtual_cpu_devices(DEVICES, cpu_only=True)
     demo(console, options.out)
 
@@ -149,6 +154,9 @@ def _quantize(options: argparse.Namespace, console: Console) -> None:
             f"--exclude {options.exclude[0]}: wanted with --weight-only, where no model says what a tensor is; leave "
             "it out, or use a recipe that excludes"
         )
+    from jaxfp4.commands.meshes import MeshShape, use_virtual_cpu_devices
+    from jaxfp4.commands.quantize import quantize_directory
+
     mesh = MeshShape.parse(options.mesh) if options.mesh else None
     if mesh:
         use_virtual_cpu_devices(mesh.devices)
@@ -160,20 +168,26 @@ def _quantize(options: argparse.Namespace, console: Console) -> None:
         calibration=options.calib,
         file_format=options.format,
         expert_scale=options.expert_scale,
-        batch_size=options.batch_size,
         sequence_length=options.sequence_length,
-        samples=options.samples,
         field=options.calib_field,
         every_expert=options.all_experts,
         max_shard_bytes=options.max_shard_bytes,
         console=console,
+        **_given(samples=options.samples, batch_size=options.batch_size),
     )
+
+
+def _given(**options: int | None) -> dict[str, int]:
+    """Those that were given; the others have their defaults where they are used."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _quantize_files(options: argparse.Namespace, console: Console) -> None:
     for option, value in (("--mesh", options.mesh), ("--calib", options.calib)):
         if value is not None:
             raise CommandError(f"{option} {value}: wanted none with --weight-only, which runs no model; leave it out")
+    from jaxfp4.commands.quantize_files import quantize_files
+
     quantize_files(
         options.model_dir,
         options.out_dir,
@@ -186,6 +200,8 @@ def _quantize_files(options: argparse.Namespace, console: Console) -> None:
 
 
 def _convert(options: argparse.Namespace, console: Console) -> None:
+    from jaxfp4.commands.convert import convert_directory
+
     convert_directory(
         options.in_dir,
         options.out_dir,
@@ -196,10 +212,14 @@ def _convert(options: argparse.Namespace, console: Console) -> None:
 
 
 def _verify(options: argparse.Namespace, console: Console) -> int:
+    from jaxfp4.commands.verify import run_verify
+
     return run_verify(options.directory, tensor_parallel=options.tp, json_file=options.json, console=console)
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> int:
+    from jaxfp4.commands.inspect_checkpoint import run_inspect
+
     return run_inspect(
         options.directory,
         original=options.original,
@@ -211,14 +231,21 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
 
 
 def _bench_quality(options: argparse.Namespace, console: Console) -> None:
-    bench_quality(console, options.recipes, options.batches, options.json)
+    from jaxfp4.commands.bench_quality import HELD_OUT_BATCHES, bench_quality
+
+    bench_quality(console, options.recipes, options.batches or HELD_OUT_BATCHES, options.json)
 
 
 def _bench_kernels(options: argparse.Namespace, console: Console) -> int:
+    from jaxfp4.commands.bench_kernels.command import Choice, bench_kernels
+
     choice = Choice(options.operations, options.sizes, options.quick, options.time_limit)
     return bench_kernels(console, choice, options.json)
 
 
 def _bench_model(options: argparse.Namespace, console: Console) -> int:
+    from jaxfp4.commands.bench_model.command import VIRTUAL_DEVICES, ModelChoice, bench_model
+    from jaxfp4.commands.meshes import use_virtual_cpu_devices
+
     use_virtual_cpu_devices(VIRTUAL_DEVICES)
     return bench_model(console, ModelChoice(options.parts, options.size, options.devices), options.json)

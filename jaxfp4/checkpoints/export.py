@@ -57,9 +57,16 @@ def export_checkpoint(
     module above. An FP8 weight is `MODULE.weight` float8_e4m3fn `[N, K]`, `weight_scale` and `input_scale`, multipliers
     in both formats. Other arrays keep dtype and shape.
 
+    On the scales of an NVFP4 cache tools do not agree. amax / 448, as here, is what Model-Optimizer's Hugging Face
+    export writes; its export for TensorRT-LLM and auto-round write amax / 2688. `load_checkpoint` reads amax / 448. An
+    engine that takes the stored number for the global scale itself sees one 6 times too large; check outputs before
+    you serve an NVFP4 cache, or use FP8, on whose scales all agree.
+
     Args:
         qparams: arrays of JAX, on any mesh, or of numpy.
-        out_dir: must not exist, its parent must. It appears whole or, if anything fails, not at all.
+        out_dir: must not exist, its parent must. It appears whole or, if anything fails, not at all. What a killed
+            process has left beside it, `.NAME.XXXXXXXX.partial`, is removed by the next export of that name from the
+            same host.
         format: "modelopt" (Model-Optimizer) or "compressed-tensors" (`nvfp4-pack-quantized`).
         names: path of a leaf, components joined by '/', -> checkpoint module name or `TensorName`. A name with
             `{layer}` or

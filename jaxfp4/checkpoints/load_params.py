@@ -353,6 +353,8 @@ def _refuse_other_cache(stored: StoredCheckpoint, entry: PlannedWeight, wanted: 
 def amax_of_cache_scale(scale: np.float32) -> np.float32:
     """The float32 amax whose quotient by 448 is `scale`, exactly; the nearest to `448 * scale` of several.
 
+    448 for an NVFP4 cache too, as `export_checkpoint` says.
+
     >>> scale = np.float32(0.7) / np.float32(448)
     >>> bool(amax_of_cache_scale(scale) / np.float32(448) == scale)
     True

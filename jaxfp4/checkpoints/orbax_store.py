@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
@@ -72,6 +71,8 @@ def save(
     path = _absolute(directory)
     if qparams is None and stats is None and plan is None:
         raise ValueError("save: found no qparams, stats or plan: wanted at least one of them; pass what to save")
+    import orbax.checkpoint as ocp  # here, as it takes a while and work on other files needs none of it
+
     items: dict[str, Any] = {}
     data: dict[str, Any] = {"format": _ITEM, "version": VERSION, "custom_metadata": _as_json(custom_metadata or {})}
     for name, tree in (("qparams", qparams), ("stats", stats)):
@@ -138,7 +139,7 @@ def restore(
         placements["qparams"].refuse_unused()
         if target is not None:
             _refuse_other_target(wanted["qparams"], target)
-    found = _restored(path, {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()})
+    found = _restored(path, wanted)
     if target is not None and "qparams" in found:
         found["qparams"] = _as_target(found["qparams"], target)
     if "stats" in found and mesh is None and _mesh_of(shardings, given) is None and not isinstance(shardings, Sharding):
@@ -146,7 +147,7 @@ def restore(
         found["stats"] = jax.tree.map(lambda x: jax.numpy.asarray(np.asarray(x)), found["stats"])
     plan = None
     if (path / "plan").exists():
-        stored = _restored(path, {"plan": ocp.args.JsonRestore()})["plan"]
+        stored = _restored(path, {"plan": None})["plan"]
         try:
             plan = plan_from_data(stored)
         except ValueError as error:
@@ -194,7 +195,7 @@ def _read_description(path: epath.Path) -> dict[str, Any]:
             f"{path}: it has no item {_ITEM!r}: wanted a directory that jaxfp4.save wrote; read other checkpoints with "
             "orbax.checkpoint"
         )
-    data = _restored(path, {_ITEM: ocp.args.JsonRestore()})[_ITEM]
+    data = _restored(path, {_ITEM: None})[_ITEM]
     if not isinstance(data, dict) or data.get("format") != _ITEM or data.get("version") != VERSION:
         found = data.get("version") if isinstance(data, dict) else data
         raise ValueError(
@@ -203,15 +204,24 @@ def _read_description(path: epath.Path) -> dict[str, Any]:
     return data
 
 
-def _restored(path: epath.Path, items: dict[str, Any]) -> dict[str, Any]:
-    """The items, read by Orbax; what it does not find or cannot read is one line."""
+def _restored(path: epath.Path, items: Mapping[str, Any]) -> dict[str, Any]:
+    """The items, read by Orbax as the abstract trees given, or as JSON for None.
+
+    What it does not find or cannot read is one line.
+    """
+    import orbax.checkpoint as ocp  # as in `save`
+
     if not items:
         return {}
     missing = [name for name in items if not (path / name).exists()]
     if missing:
         raise ValueError(f"{path}: its item {missing[0]!r} is missing: wanted {', '.join(items)}; save it again")
     with _one_line(path, "read", " and ".join(items)), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        found = reader.restore(path, ocp.args.Composite(**items))
+        wanted = {
+            name: ocp.args.JsonRestore() if tree is None else ocp.args.StandardRestore(tree)
+            for name, tree in items.items()
+        }
+        found = reader.restore(path, ocp.args.Composite(**wanted))
     return {name: found[name] for name in items}
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxfp4.checkpoints import writer
+from jaxfp4.checkpoints import claims, writer
 from jaxfp4.checkpoints.file_layout import divided
 from jaxfp4.checkpoints.pending import PendingTensor
 
@@ -49,23 +49,25 @@ def _write_together(
     agreement = _Agreement(out_dir)
     with agreement.step():
         writer.refuse_existing(out_dir)
-    token = int(multihost_utils.broadcast_one_to_all(np.uint32(np.random.default_rng().integers(2**32))))
-    directory = writer.partial_directory(out_dir, f"{token:08x}")
-    try:
-        with agreement.step():
+    token = int(multihost_utils.broadcast_one_to_all(np.uint32(int(claims.new_token(), 16))))
+    directory = claims.partial_directory(out_dir, f"{token:08x}")
+    with contextlib.ExitStack() as until_done:
+        try:
+            with agreement.step():
+                if first:
+                    claims.remove_left_over(out_dir)
+                    until_done.enter_context(claims.claimed(directory))
+            with agreement.step():
+                _write_files(directory, files[process], sent)
+            with agreement.step():
+                if first:
+                    writer.write_index(directory, {name: shard for group in files for name, shard in group.items()})
+                    complete(directory)
+                    writer.publish(directory, out_dir)
+        except BaseException:
             if first:
-                directory.mkdir()
-        with agreement.step():
-            _write_files(directory, files[process], sent)
-        with agreement.step():
-            if first:
-                writer.write_index(directory, {name: shard for group in files for name, shard in group.items()})
-                complete(directory)
-                writer.publish(directory, out_dir)
-    except BaseException:
-        if first:
-            shutil.rmtree(directory, ignore_errors=True)
-        raise
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
 
 
 def assigned(tensors: Sequence[PendingTensor], processes: int) -> list[list[PendingTensor]]:

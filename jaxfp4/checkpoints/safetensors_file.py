@@ -46,6 +46,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 _LENGTH_BYTES = 8
 _MAX_DIMENSIONS = 64
+_LARGEST_SIZE = 2**63 - 1
 _METADATA = "__metadata__"
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -136,13 +137,17 @@ def _parse_header(path: Path, header: bytes, data_bytes: int) -> tuple[dict[str,
 
 def _parse_entry(path: Path, name: str, entry: Any) -> _Entry:
     where = f"{path}: tensor {name!r}"
+    if not _is_text(name):
+        raise ValueError(f"{where} has a name with half a character (a lone surrogate), wanted Unicode text")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{where} is described by {_short(entry)}, wanted an object of dtype, shape and data_offsets")
     dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise ValueError(f"{where} has dtype {_short(dtype_name)}, wanted one of {', '.join(DTYPES)}")
-    if not _is_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
-        raise ValueError(f"{where} has shape {_short(shape)}, wanted at most {_MAX_DIMENSIONS} non-negative integers")
+    if not _is_sizes(shape) or len(shape) > _MAX_DIMENSIONS or max(shape, default=0) > _LARGEST_SIZE:
+        raise ValueError(
+            f"{where} has shape {_short(shape)}, wanted at most {_MAX_DIMENSIONS} non-negative integers below 2**63"
+        )
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{where} has data_offsets {_short(offsets)}, wanted [begin, end] with 0 <= begin <= end")
     dtype = DTYPES[dtype_name]
@@ -173,6 +178,11 @@ def _check_tiling(path: Path, ordered: Mapping[str, _Entry], data_bytes: int) ->
 def _is_sizes(value: Any) -> bool:
     """Whether `value` is a list of non-negative integers (a JSON true is no integer here)."""
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _is_text(name: str) -> bool:
+    """Whether it can be written as UTF-8, which JSON's escapes do not ensure."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,13 +6,13 @@ import contextlib
 import json
 import os
 import pathlib
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxfp4.checkpoints.claims import claimed, new_token, partial_directory, remove_left_over
 from jaxfp4.checkpoints.file_layout import divided, file_layout, index_of, shard_names
 from jaxfp4.checkpoints.pending import PendingTensor
 
@@ -25,14 +25,16 @@ def new_directory(out_dir: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary directory beside `out_dir`, renamed to it when the block ends and removed when it raises.
 
     Raises FileExistsError if `out_dir` exists, even empty, and FileNotFoundError if its parent does not. A process that
-    is killed leaves `.NAME.XXXXXXXX.partial` behind, never a part of `out_dir`.
+    is killed leaves `.NAME.XXXXXXXX.partial` behind, never a part of `out_dir`; the next one that writes `out_dir`
+    removes it.
     """
     refuse_existing(out_dir)
-    partial = partial_directory(out_dir, secrets.token_hex(4))
+    remove_left_over(out_dir)
+    partial = partial_directory(out_dir, new_token())
     try:
-        partial.mkdir()
-        yield partial
-        publish(partial, out_dir)
+        with claimed(partial):
+            yield partial
+            publish(partial, out_dir)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise writing_failed(out_dir, error) from error
@@ -50,11 +52,6 @@ def refuse_existing(out_dir: pathlib.Path) -> None:
         raise FileNotFoundError(
             f"{parent} is no directory: wanted an existing one to create {out_dir.name!r} in; create it"
         )
-
-
-def partial_directory(out_dir: pathlib.Path, token: str) -> pathlib.Path:
-    """The path of the unfinished directory beside `out_dir`."""
-    return out_dir.absolute().parent / f".{out_dir.name}.{token}.partial"
 
 
 def publish(partial: pathlib.Path, out_dir: pathlib.Path) -> None:

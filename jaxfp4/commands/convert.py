@@ -1,4 +1,4 @@
-"""`jaxfp4 convert`: an NVFP4 checkpoint in the other of the two formats."""
+"""`jaxfp4 convert`: an NVFP4 checkpoint in the other of the two formats, or unquantized again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from jaxfp4.checkpoints.streaming.convert import convert
+from jaxfp4.checkpoints.streaming.dequantize_files import DENSE, dequantize_files
 from jaxfp4.checkpoints.streaming.file_quantization import DEFAULT_SHARD_BYTES
 from jaxfp4.checkpoints.streaming.resume import partial_path
 
@@ -27,7 +28,10 @@ def convert_directory(
     """
     start = time.monotonic()
     try:
-        convert(in_dir, out_dir, file_format=file_format, max_shard_bytes=max_shard_bytes, say=console.print)
+        if file_format == DENSE:
+            dequantize_files(in_dir, out_dir, max_shard_bytes=max_shard_bytes, say=console.print)
+        else:
+            convert(in_dir, out_dir, file_format=file_format, max_shard_bytes=max_shard_bytes, say=console.print)
     except KeyboardInterrupt:
         console.print(f"interrupted; what is finished is in {partial_path(out_dir)}: the same command goes on there")
         raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,16 +29,17 @@ def required(config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
-def positive_integer(name: str, value: Any) -> int:
-    """The value, if it is an integer above 0 (a JSON true is none)."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"model config: {name} is {shown(value)}, wanted a positive integer")
+def positive_integer(name: str, value: Any, most: int = 2**31 - 1) -> int:
+    """The value, if it is an integer from 1 to `most` (a JSON true is none)."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"model config: {name} is {shown(value)}, wanted a positive integer, at most {most}")
     return value
 
 
 def positive_number(name: str, value: Any) -> float:
     """The value as a float, if it is a finite number above 0 (a JSON true is none)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    # An integer in JSON may be finite and yet beyond every float.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"model config: {name} is {shown(value)}, wanted a positive number")
     return float(value)
 

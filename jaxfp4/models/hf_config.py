@@ -56,6 +56,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "use_mrope": (False,),
     "use_parallel_residual": (False,),
 }
+_MOST_LAYERS = 1 << 16
 _QK_NORM_KEYS = ("qk_layernorm", "qk_norm", "use_qk_norm")
 
 
@@ -125,7 +126,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
 
 def _window_fields(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """`sliding_window` and `layer_types`: neither for no window, no `layer_types` for one on all layers."""
-    layers = positive_integer("num_hidden_layers", required(config, "num_hidden_layers"))
+    layers = positive_integer("num_hidden_layers", required(config, "num_hidden_layers"), _MOST_LAYERS)
     switch = config.get("use_sliding_window")
     switched = _switch(config, "use_sliding_window")
     window = config.get("sliding_window", family.sliding_window)

@@ -240,7 +240,7 @@ def _table(config: Mapping[str, Any], key: str, found: Any, default_theta: float
         raise ValueError(unsupported(key, found, "a table with rope_type"))
     table = dict(found)
     types = [table.pop(name) for name in ("rope_type", "type") if name in table] or ["default"]
-    if types[0] != types[-1]:
+    if len(types) == 2 and types[0] != types[1]:
         raise ValueError(f"model config: {key} has rope_type {types[0]!r} but type {types[1]!r}; wanted one of them")
     theta = _theta(config, key, table.pop("rope_theta", None), default_theta)
     partial = table.pop("partial_rotary_factor", 1.0)

@@ -13,7 +13,8 @@ class KvCache:
     """Keys and values are quantized as a cache of this format stores them.
 
     The model marks them, behind the rotation and in front of the attention, with
-    `jax.ad_checkpoint.checkpoint_name(array, name)`; `keys` and `values` are these names.
+    `jax.ad_checkpoint.checkpoint_name(array, name)`; `keys` and `values` are these names. What checkpoints state of an
+    NVFP4 cache is a convention that not all tools share, see `jaxfp4.export_checkpoint`.
     """
 
     format: CacheFormat = CacheFormat.FP8

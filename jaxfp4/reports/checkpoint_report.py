@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxfp4.checkpoints.configs import read_config
+from jaxfp4.checkpoints.decoding import SCALE_VALUES, decoded_blocks
 from jaxfp4.checkpoints.safetensors_file import Checkpoint, open_checkpoint
 from jaxfp4.checkpoints.verification.block_statistics import BlockStatistics
 from jaxfp4.checkpoints.verification.declarations import declarations
 from jaxfp4.checkpoints.verification.quantized_modules import (
+    E4M3,
     Inventory,
     PlainModule,
     QuantizedModule,
@@ -27,16 +29,11 @@ from jaxfp4.checkpoints.verification.quantized_modules import (
 )
 from jaxfp4.checkpoints.verification.verify_files import read_configs
 from jaxfp4.checkpoints.verification.verify_values import statistics_of
-from jaxfp4.formats import BLOCK_SIZE, E2M1, E4M3
 from jaxfp4.formats.nvfp4 import TENSOR_DIVISOR
+from jaxfp4.reports.original_weights import original_weight
 
 _PIECE_VALUES = 1 << 16
 _BF16 = np.dtype(ml_dtypes.bfloat16)
-_CODE_VALUES = E2M1.values.astype(np.float32)
-_SCALE_VALUES = E4M3.values.astype(np.float32)
-_BYTES = np.arange(256)
-# The two values that a byte of packed codes stands for, the low nibble first, as one item of 64 bits.
-_PAIRS = np.stack([_CODE_VALUES[_BYTES & 15], _CODE_VALUES[_BYTES >> 4]], axis=-1).view(np.uint64)[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +133,9 @@ def inspect_checkpoint(
 
     Args:
         directory: a checkpoint in Model-Optimizer's or the compressed-tensors format.
-        original: the directory it was quantized from, whose `MODULE.weight` has the shape `[N, K]` of each weight;
-            experts one by one. Weights without a counterpart in float32, bfloat16 or float16 are not compared.
+        original: the directory it was quantized from, in a floating point format of 16 bits or more; experts one by
+            one or in stacks, see `original_weight`. NVFP4 weights are compared, and FP8 weights with one scale or one
+            for each row.
 
     Raises:
         FileNotFoundError: a directory or one of its files is missing.
@@ -159,7 +157,7 @@ def inspect_checkpoint(
                 f"{source.directory}: has none of the {len(weights)} quantized weights, such as "
                 f"{weights[0].name + '.weight'!r}; wanted the checkpoint that was quantized, with the same names"
             )
-    weights += [_plain(module) for module in inventory.plain.values()]
+    weights += [_plain(checkpoint, module, source) for module in inventory.plain.values()]
     formats = {module.file_format for module in inventory.quantized.values()}
     found = declarations(config, read_configs(path)[1])
     nbytes, rest = _totals(checkpoint, inventory)
@@ -184,7 +182,7 @@ def _quantized(checkpoint: Checkpoint, module: QuantizedModule, source: Checkpoi
     if not module.has_values:
         return report
     report = dataclasses.replace(report, statistics=statistics_of(checkpoint, module, count_codes=True))
-    w = None if source is None else _counterpart(source, module)
+    w = None if source is None else original_weight(source, module.name, module.shape)
     if w is None or global_scale is None or module.codes is None or module.block_scales is None:
         return report
     codes, scales = checkpoint.tensor(module.codes.name), checkpoint.tensor(module.block_scales.name)
@@ -196,23 +194,6 @@ def _scale(checkpoint: Checkpoint, module: QuantizedModule, tensor: StoredTensor
     return multiplier(checkpoint, module, tensor) if tensor is not None and tensor.is_scalar else None
 
 
-def _counterpart(source: Checkpoint, module: QuantizedModule) -> NDArray[Any] | None:
-    name = f"{module.name}.weight"
-    try:
-        dtype, shape = source.info(name)
-    except KeyError:
-        return None
-    plain = PlainModule(module.name, StoredTensor(name, dtype, shape), "", 0)
-    if not plain.is_unquantized:
-        return None
-    if shape != module.shape:
-        raise ValueError(
-            f"{source.directory}: tensor {name!r} has shape {shape}: wanted {module.shape}, that of the quantized "
-            "weight; name the checkpoint that was quantized"
-        )
-    return source.tensor(name)
-
-
 def energies(
     w: NDArray[Any], codes: NDArray[np.uint8], scales: NDArray[Any], global_scale: np.float32
 ) -> tuple[float, float]:
@@ -221,15 +202,17 @@ def energies(
     `w` `[N, K]` of a floating dtype, `codes` uint8 `[N, K/2]`, `scales` E4M3 `[N, K/16]`. Rows are taken in pieces of
     about 65,536 values, which stay in the processor's cache; sums within a piece are float32, over pieces float64.
     """
+    return _energies(w, lambda part: decoded_blocks(codes[part], scales[part], global_scale))
+
+
+def _energies(w: NDArray[Any], decoded: Callable[[slice], NDArray[np.float32]]) -> tuple[float, float]:
     rows = max(1, _PIECE_VALUES // w.shape[1])
     signal = noise = 0.0
     with np.errstate(all="ignore"):
-        block_scales = _SCALE_VALUES * global_scale
         for start in range(0, len(w), rows):
             part = slice(start, start + rows)
-            wide = _float32(w[part]).reshape(-1, BLOCK_SIZE)
-            q = _PAIRS.take(codes[part]).view(np.float32).reshape(wide.shape)
-            q *= block_scales.take(scales[part].view(np.uint8)).reshape(-1, 1)
+            wide = np.ascontiguousarray(_float32(w[part]))
+            q = decoded(part).reshape(wide.shape)
             np.subtract(wide, q, out=q)
             signal += _square(wide)
             noise += _square(q)
@@ -247,8 +230,27 @@ def _square(values: NDArray[np.float32]) -> float:
     return float(np.dot(flat, flat))
 
 
-def _plain(module: PlainModule) -> WeightReport:
-    return WeightReport(module.name, module.shape, module.scheme, module.nbytes)
+def _plain(checkpoint: Checkpoint, module: PlainModule, source: Checkpoint | None) -> WeightReport:
+    report = WeightReport(module.name, module.shape, module.scheme, module.nbytes)
+    scale = None if source is None else _fp8_scale(checkpoint, module)
+    w = None if source is None or scale is None else original_weight(source, module.name, module.shape)
+    if w is None or scale is None:
+        return report
+    values = checkpoint.tensor(module.tensor.name).view(np.uint8)
+    signal, noise = _energies(w, lambda part: SCALE_VALUES.take(values[part]) * scale[part])
+    return dataclasses.replace(report, signal=signal, noise=noise)
+
+
+def _fp8_scale(checkpoint: Checkpoint, module: PlainModule) -> NDArray[np.float32] | None:
+    """The multipliers `[N, 1]` of a matrix in E4M3; None for anything else, such as scales of tiles."""
+    name = f"{module.tensor.name}_scale"
+    if module.tensor.dtype != E4M3 or len(module.shape) != 2 or name not in checkpoint.names():
+        return None
+    rows = module.shape[0]
+    dtype, shape = checkpoint.info(name)
+    if dtype not in (np.dtype(np.float32), _BF16) or shape not in ((), (1,), (rows,), (rows, 1)) or not rows:
+        return None
+    return np.broadcast_to(_float32(checkpoint.tensor(name)).reshape(-1, 1), (rows, 1))
 
 
 def _totals(checkpoint: Checkpoint, inventory: Inventory) -> tuple[int, int]:

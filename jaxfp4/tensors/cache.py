@@ -16,7 +16,9 @@ class CacheFormat(enum.Enum):
     FP8 = "FP8"
     """E4M3 with one scale, `amax / 448`."""
     NVFP4 = "NVFP4"
-    """Blocks of 16 along the last axis, the heads' features, with global scale `amax / 2688`."""
+    """Blocks of 16 along the last axis, the heads' features, with global scale `amax / 2688`.
+
+    Checkpoints have `amax / 448` all the same, see `jaxfp4.export_checkpoint`."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["format"])

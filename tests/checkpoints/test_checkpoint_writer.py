@@ -1,11 +1,17 @@
 """The safetensors files that are written, and the directory around them."""
 
+import errno
+import fcntl
 import json
 import os
+import pathlib
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -213,14 +219,111 @@ def test_an_os_error_without_a_number_passes_through(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_process_leaves_no_target(tmp_path):
-    program = f"""
-import os, pathlib, signal
+WRITER = """
+import os, pathlib, signal, sys
 from jaxfp4.checkpoints.writer import new_directory
-with new_directory(pathlib.Path({str(tmp_path / "out")!r})) as partial:
+with new_directory(pathlib.Path(sys.argv[1])) as partial:
     (partial / "model.safetensors").write_bytes(b"half")
-    os.kill(os.getpid(), signal.SIGKILL)
+    print(partial.name, flush=True)
+    sys.stdin.read() if sys.argv[2] == "wait" else os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
+
+
+def start_writer(out, until):
+    """A process that writes `out` and stops halfway: to be killed, or until its standard input is closed."""
+    command = [sys.executable, "-c", WRITER, str(out), until]
+    return subprocess.Popen(
+        command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_what_a_killed_process_leaves_is_removed_by_the_next_and_what_is_in_use_is_not(tmp_path):
+    with start_writer(tmp_path / "out", "killed") as killed:
+        left = killed.communicate(timeout=60)[0].strip()
+    assert killed.returncode == -signal.SIGKILL
+    with start_writer(tmp_path / "other", "wait") as writing:
+        _check_left_over(tmp_path, left, writing.stdout.readline().strip())
+        writing.communicate(timeout=60)
+    assert writing.returncode == 0
+    assert (tmp_path / "other/model.safetensors").read_bytes() == b"half"
+
+
+def _check_left_over(tmp_path, left, used):
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([left, used])
+    foreign = ".out." + f"{int(left[5:9], 16) ^ 1:04x}" + "abcd.partial"  # as of another host
+    similar = [f"{left}.tar", f"x{left}", left.replace(".out.", ".out2.")]
+    for name in (foreign, *similar):
+        (tmp_path / name).mkdir()
+    (tmp_path / f"{left[:9]}0000.partial").write_text("a file")
+    (tmp_path / f"{left[:9]}0001.partial").symlink_to(tmp_path / foreign)
+    kept = {p.name for p in tmp_path.iterdir()} - {left}
+    with pytest.raises(RuntimeError, match="stop"), new_directory(tmp_path / "other"):
+        raise RuntimeError("stop")
+    assert {p.name for p in tmp_path.iterdir()} == kept | {left}
+    with new_directory(tmp_path / "out") as partial:
+        assert {p.name for p in tmp_path.iterdir()} == kept | {partial.name}
+    assert {p.name for p in tmp_path.iterdir()} == kept | {"out"}
+
+
+def test_a_partial_that_cannot_be_locked_is_left(tmp_path, monkeypatch):
+    """On a file system without locks nobody can tell whether it is in use."""
+    with new_directory(tmp_path / "out") as partial:
+        (tmp_path / partial.name).with_name(left := partial.name[:9] + "0123.partial").mkdir()
+
+    def refused(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with new_directory(tmp_path / "out2"):
+        pass
+    shutil.rmtree(tmp_path / "out")
+    with new_directory(tmp_path / "out"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [left, "out", "out2"]
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "out")
+    with new_directory(tmp_path / "out"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out2"]
+
+
+def test_without_permission_one_line_is_given_and_nothing_is_left():
+    """As another user where the tests run as root, whom nothing is forbidden."""
+    program = """
+import os, pathlib, sys
+from jaxfp4.checkpoints import open_checkpoint
+from jaxfp4.checkpoints.streaming.resume import resumable_directory
+from jaxfp4.checkpoints.writer import new_directory
+locked = pathlib.Path(sys.argv[1])
+if os.geteuid() == 0:
+    os.setegid(65534)
+    os.seteuid(65534)
+attempts = (
+    lambda: new_directory(locked / "out").__enter__(),
+    lambda: resumable_directory(locked / "out", {}, print).__enter__(),
+    lambda: open_checkpoint(locked),
+)
+for attempt in attempts:
+    try:
+        attempt()
+    except OSError as error:
+        print(error)
+"""
+    with tempfile.TemporaryDirectory() as directory:
+        locked = pathlib.Path(directory)
+        (locked / "model.safetensors").write_bytes(bytes(8))
+        (locked / "model.safetensors").chmod(0)
+        locked.chmod(0o555)
+        command = [sys.executable, "-c", program, str(locked)]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        wanted = (
+            rf"{locked}/out: writing failed: Permission denied \(\.out\..*\); nothing was left behind; make room or .*",
+            rf"{locked}/out: writing failed: Permission denied \({locked}/\.out\.partial\); name another directory",
+            rf"\[Errno 13\] Permission denied: .{locked}/model\.safetensors.",
+        )
+        for line, pattern in zip(done.stdout.splitlines(), wanted, strict=True):
+            assert re.fullmatch(pattern, line)
+        assert [path.name for path in locked.iterdir()] == ["model.safetensors"]
+        locked.chmod(0o755)

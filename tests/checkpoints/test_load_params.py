@@ -279,10 +279,15 @@ def test_key_value_caches_must_agree(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file_format, place", [("modelopt", "attn.k_proj.k_scale"), ("compressed-tensors", "attn.k_scale")]
+    "file_format, place, recipe",
+    [
+        ("modelopt", "attn.k_proj.k_scale", "nvfp4_kv_fp8"),
+        ("modelopt", "attn.k_proj.k_scale", "nvfp4_kv_nvfp4"),
+        ("compressed-tensors", "attn.k_scale", "nvfp4_kv_fp8"),
+    ],
 )
-def test_scales_of_a_cache_that_the_plan_does_not_quantize(tmp_path, caplog, file_format, place):
-    """As in most of NVIDIA's checkpoints: they are left out, and the log says so; with them in the plan it is quiet."""
+def test_scales_of_a_cache_that_the_plan_does_not_quantize(tmp_path, caplog, file_format, place, recipe):
+    """As in most of NVIDIA's checkpoints: they are left out, and the log says so; with them in the plan they return."""
     params = {"attn": {n: jnp.ones((32, 16)) for n in ("k_proj", "q_proj", "v_proj")}}
 
     def attend(p, x):
@@ -290,12 +295,13 @@ def test_scales_of_a_cache_that_the_plan_does_not_quantize(tmp_path, caplog, fil
         return q + checkpoint_name(k, "keys") + checkpoint_name(v, "values")
 
     x = jnp.ones((4, 32))
-    cached, plain = (jaxfp4.plan(attend, params, x, recipe=r) for r in ("nvfp4_kv_fp8", "nvfp4"))
+    cached, plain = (jaxfp4.plan(attend, params, x, recipe=r) for r in (recipe, "nvfp4"))
     stats = jaxfp4.calibrate(attend, params, [x], cached, progress=False)
     qparams = jaxfp4.quantize_params(params, cached, stats)
     export_checkpoint(qparams, tmp_path / "out", format=file_format, config={"model_type": "x"})
     caplog.clear()
-    assert load_checkpoint(tmp_path / "out", params=params, plan=cached)["attn"]["k_proj"].cache is not None
+    found = load_checkpoint(tmp_path / "out", params=params, plan=cached)["attn"]["k_proj"].cache
+    assert (found.format, found.keys) == (cached.recipe.kv_cache.format, qparams["attn"]["k_proj"].cache.keys)
     assert not caplog.messages
     loaded = load_checkpoint(tmp_path / "out", params=params, plan=plain)
     assert jaxfp4.digest(loaded, inputs=True) == jaxfp4.digest(qparams, inputs=True)

@@ -1,6 +1,7 @@
 """Interruptions and failures: the target is whole or absent, and the same command goes on where it was."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from small_checkpoints import contents, random_weights, write_model
@@ -17,6 +19,7 @@ from jaxfp4.checkpoints.streaming.convert import convert
 from jaxfp4.checkpoints.streaming.file_plan import plan_files
 from jaxfp4.checkpoints.streaming.file_quantization import quantize_planned
 from jaxfp4.checkpoints.streaming.resume import JOURNAL, finished_file, partial_path, resumable_directory
+from jaxfp4.checkpoints.streaming.shard_files import background
 
 SHARD_BYTES = 6000
 
@@ -145,18 +148,18 @@ def test_the_journal_is_small_and_says_what_the_job_is(tmp_path, model):
 
 SCRIPT = """
 import os, pathlib, signal, sys, time
-from jaxfp4.checkpoints.streaming import shard_files
 from jaxfp4.checkpoints.streaming.file_plan import plan_files
 from jaxfp4.checkpoints.streaming.file_quantization import quantize_planned
-write, calls = shard_files.NewFile.write, 0
+from jaxfp4.checkpoints.streaming.tensor_source import Reader
+values, calls = Reader.values, 0
 def counting(self, *arguments):
     global calls
     calls += 1
-    if calls == 40:
+    if calls == 15:
         print("now", flush=True)
         time.sleep(60)
-    write(self, *arguments)
-shard_files.NewFile.write = counting
+    return values(self, *arguments)
+Reader.values = counting
 quantize_planned(plan_files(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]), recipe="nvfp4_weight_only",
                  file_format="modelopt", max_shard_bytes=int(sys.argv[3]))
 """
@@ -298,3 +301,25 @@ def test_a_conversion_goes_on_too(tmp_path, model, whole):
     convert(tmp_path / "modelopt", tmp_path / "out", **options, say=said.append)
     assert re.match(r"\.out\.partial: going on behind [1-9]\d* finished files$", said[0])
     assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+
+
+def test_what_runs_behind_is_in_order_few_at_a_time_and_its_errors_are_raised():
+    done, running = [], threading.Event()
+    with background(2) as start:
+        for number in range(5):
+            start(functools.partial(done.append, number))
+    assert done == [0, 1, 2, 3, 4]
+    with pytest.raises(OSError, match=r"^disk full$"), background(1) as start:
+        start(functools.partial(_fail, OSError("disk full")))
+        start(functools.partial(done.append, "later"))
+    with pytest.raises(OSError, match=r"^disk full$"), background(2) as start:
+        start(functools.partial(_fail, OSError("disk full")))
+    with pytest.raises(KeyboardInterrupt), background(3) as start:
+        start(functools.partial(running.wait, 0.2))
+        start(functools.partial(done.append, "left out"))
+        raise KeyboardInterrupt
+    assert done == [0, 1, 2, 3, 4]
+
+
+def _fail(error):
+    raise error

@@ -99,6 +99,7 @@ BAD_ENTRIES = {
     "offset negative": (entry(offsets=(-8, 0)), "tensor 'a' has data_offsets [-8, 0], wanted [begin, end]"),
     "bytes do not match": (entry(shape=(3,)), "tensor 'a' spans 8 bytes, wanted 12 for F32 of shape [3]"),
     "huge": (entry(shape=(2**62, 2**62)), "tensor 'a' spans 8 bytes, wanted 850705917302346158"),
+    "size beyond all": (entry(shape=(0, 2**63), offsets=(0, 0)), "tensor 'a' has shape [0, 9223372036854775808], wan"),
     "beyond the end": (entry(shape=(3,), offsets=(0, 12)), "tensor 'a' ends at byte 12 of the data, which has 8; the"),
     "gap": (entry(shape=(1,), offsets=(4, 8)), "tensor 'a' leaves a gap before it: it begins at byte 4, wanted 0"),
     "rest": (entry(shape=(1,), offsets=(0, 4)), "the tensors take 4 bytes, but 8 follow the header"),
@@ -111,6 +112,12 @@ def test_bad_entry(tmp_path, bad, message):
     with pytest.raises(ValueError, match="^" + re.escape(f"{path}: {message}")) as raised:
         SafetensorsFile(path)
     assert "\n" not in str(raised.value)
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    path = write(tmp_path / "x.safetensors", {"a\ud800": entry()}, bytes(8))
+    with pytest.raises(ValueError, match=r"x.safetensors: tensor 'a\\ud800' has a name with half a character \(a lone"):
+        SafetensorsFile(path)
 
 
 def test_overlap(tmp_path):

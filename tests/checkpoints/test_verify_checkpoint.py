@@ -317,6 +317,11 @@ DEFECTS = {
     "no such expert": Defect(
         config(num_experts=6), {("error", "missing-experts"): 2}, "2 of 6 experts have no weight: 4, 5"
     ),
+    "experts beyond all reason": Defect(
+        config(num_experts=2**64),
+        {("error", "missing-experts"): 2},
+        f"{2**64 - 4} of {2**64} experts have no weight: 4, 5",
+    ),
     # parts
     "no block scales": Defect(
         remove(f"{OUT}.weight_scale"), {("error", "incomplete-weight"): 1}, f"{OUT} no weight_scale beside weight, "
@@ -522,7 +527,7 @@ DEFECTS = {
             both_files(kv_cache_quant_algo="NVFP4"),
         ),
         {("note", "cache-nvfp4"): 1},
-        "TRTLLM_LOAD_KV_SCALES=1",
+        r"TRTLLM_LOAD_KV_SCALES=1; writers do not agree whether they are amax / 448 .* or amax / 2688",
     ),
     # configuration
     "no quantization_config, no hf_quant_config.json": Defect(
@@ -704,6 +709,11 @@ DEFECTS = {
     ),
     "missing layers": Defect(
         config(num_hidden_layers=4), {("error", "missing-layers"): 1}, "model.layers 2 of 4 layers have no weight: 2, 3"
+    ),
+    "layers beyond all reason": Defect(
+        config(num_hidden_layers=2**64),
+        {("error", "missing-layers"): 1},
+        rf"{2**64 - 2} of {2**64} layers have no weight: 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.;",
     ),
     "a layer too many": Defect(
         config(num_hidden_layers=1), {("warning", "extra-layers"): 1}, "layers 1 are there; config.json says 1"

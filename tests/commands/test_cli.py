@@ -10,6 +10,7 @@ import pytest
 from algorithms.models import drawn_decoder
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import jaxfp4
 from jaxfp4.checkpoints import SafetensorsFile
 from jaxfp4.cli import main
 from jaxfp4.models import DecoderConfig, save_decoder
@@ -55,6 +56,25 @@ def tokens(tmp_path_factory):
 def tensors(directory):
     file = SafetensorsFile(directory / "model.safetensors")
     return {name: file.tensor(name).tobytes() for name in file.names()}
+
+
+def test_work_on_files_starts_without_what_only_models_need():
+    """Flax and Orbax would double the time in which `jaxfp4 quantize --weight-only` or `verify` starts."""
+    program = """
+import sys
+import jaxfp4.cli, jaxfp4.commands.quantize_files, jaxfp4.commands.convert, jaxfp4.commands.verify
+assert not {"flax", "orbax", "optax", "torch"} & sys.modules.keys(), sorted(sys.modules)
+assert {"from_flax", "models", "plan"} <= set(dir(jaxfp4))
+assert jaxfp4.from_flax is jaxfp4.models.from_flax
+assert "flax" in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_name_is_no_attribute():
+    with pytest.raises(AttributeError, match=r"^module 'jaxfp4' has no attribute 'form_flax'$"):
+        jaxfp4.form_flax  # noqa: B018
 
 
 def test_quantize_writes_the_same_weights_on_every_mesh(model_dir, tokens, tmp_path, capsys):

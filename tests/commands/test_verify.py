@@ -1,5 +1,6 @@
 """`jaxfp4 verify`: what is printed, the JSON file and the exit status."""
 
+import contextlib
 import io
 import json
 
@@ -9,6 +10,7 @@ from checkpoint_files import CONFIG, Files, small_model
 from rich.console import Console
 
 import jaxfp4
+from jaxfp4.cli import main
 from jaxfp4.commands.errors import CommandError
 from jaxfp4.commands.verify import run_verify
 
@@ -47,6 +49,28 @@ def test_errors_are_folded_and_set_the_status(good, tmp_path):
     assert [finding["severity"] for finding in content["findings"]].count("error") == 4
     assert content["findings"][-1].keys() == {"severity", "check", "subject", "found", "engines", "fix"}
     assert sorted(path.name for path in tmp_path.iterdir() if "partial" in path.name) == []
+
+
+def test_names_that_no_terminal_shows_are_escaped(good, tmp_path):
+    """Standard output in UTF-8 cannot take half a character, which JSON can write."""
+    files = Files.read(good)
+    files.jsons["hf_quant_config.json"]["producer"] = {"name": "a\ud800", "version": 1}
+    files.quantization["producer"] = {"name": "a\ud800", "version": 1}
+    files.write(tmp_path / "files")
+    output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    with contextlib.redirect_stdout(output):
+        assert main(["inspect", str(tmp_path / "files")]) == 0
+    assert b"a\\ud800 1" in output.buffer.getvalue()
+
+
+def test_numbers_of_thousands_of_digits_are_no_numbers(good, tmp_path):
+    """Python reads no such integer; it is a name as any other."""
+    files = Files.read(good)
+    files.tensors[f"model.layers.{'9' * 5000}.mlp.gate.weight"] = np.zeros((4, 32), np.float32)
+    files.tensors[f"model.layers.0.mlp.experts.{'9' * 5000}.up.weight"] = np.zeros((4, 32), np.float32)
+    files.tensors = {name: files.tensors[name] for name in sorted(files.tensors)}
+    status, text = run(files.write(tmp_path / "files"))
+    assert status == 1 and "unlisted-module" in text
 
 
 def test_ranks(good):

@@ -196,6 +196,14 @@ REFUSED = [
     ({"mlp_only_layers": 3}, "mlp_only_layers is 3, wanted a list of layer numbers"),
     ({"norm_topk_prob": "yes"}, "norm_topk_prob is 'yes', wanted true or false"),
     ({"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny', wanted a positive number"),
+    # Numbers that JSON can state and nothing can have.
+    ({"rms_norm_eps": 10**400}, f"rms_norm_eps is 1{'0' * 76}..., wanted a positive number"),
+    ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers is 2147483647, wanted a positive integer, at most 65536"),
+    ({"vocab_size": 2**31}, "vocab_size is 2147483648, wanted a positive integer, at most 2147483647"),
+    (
+        {"rope_parameters": {"rope_type": float("nan")}},
+        "rope_parameters.rope_type is nan, which is not supported; supported: default, ",
+    ),
     ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0, wanted a positive integer"),
     (
         {"use_sliding_window": True, "max_window_layers": 1},

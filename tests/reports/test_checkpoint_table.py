@@ -4,6 +4,7 @@ import io
 import json
 import math
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ from checkpoint_files import CONFIG, SIZE, Files, plain_files, small_model
 from rich.console import Console
 
 import jaxfp4
+from jaxfp4.checkpoints import TensorName
 from jaxfp4.reports import weight_quality
 from jaxfp4.reports.checkpoint_report import decibels, energies, inspect_checkpoint
 from jaxfp4.reports.checkpoint_table import as_json, checkpoint_table, ranges, totals
 from jaxfp4.reports.scale_picture import EXPONENTS, layer_shares, scale_picture
+from jaxfp4.tensors import QuantizedWeight
+from jaxfp4.tensors.fp8_tensor import quantize_fp8
 
 FORMATS = ["modelopt", "compressed-tensors"]
 OUT = "model.layers.0.self_attn.o_proj"
@@ -172,3 +176,82 @@ def test_pictured_shares(model):
             assert share[EXPONENTS.index(7) :].sum() + share[EXPONENTS.index(6)] > 0.9
     figure = scale_picture(report)
     assert sum(axes.get_visible() and bool(axes.images) for axes in figure.axes) == 7
+
+
+@pytest.fixture(scope="module")
+def rectangular(tmp_path_factory):
+    """`(checkpoint, original)`: a layer's experts, in two spellings, and FP8 weights; the original one by one."""
+    rng = np.random.default_rng(0)
+    tree, original = {}, {}
+    for e in range(3):
+        for i, (last, shape) in enumerate({"gate_proj": (48, 64), "up_proj": (48, 64), "down_proj": (64, 48)}.items()):
+            w = rng.normal(size=shape).astype(np.float32) * (1 + e + i)
+            original[f"mlp.experts.{e}.{last}.weight"] = w
+            tree[f"mlp/experts/{e}/{last}"] = QuantizedWeight(jaxfp4.quantize(jnp.asarray(w), -1))
+    original["mlp.wide.weight"] = rng.normal(size=(32, 64)).astype(np.float32)
+    tree["mlp/wide"] = QuantizedWeight(quantize_fp8(jnp.asarray(original["mlp.wide.weight"]), -1), jnp.float32(1))
+    directory = tmp_path_factory.mktemp("rectangular")
+    names = {path: TensorName(path.replace("/", ".")) for path in tree}
+    jaxfp4.export_checkpoint(tree, directory / "checkpoint", names=names, config=CONFIG)
+    return directory / "checkpoint", original
+
+
+def signals(checkpoint, directory, original):
+    """`{module: (signal, noise)}` of what was compared."""
+    report = inspect_checkpoint(checkpoint, original=Files(original, {}).write(directory))
+    return {w.name: (w.signal, w.noise) for w in report.weights if w.signal is not None}
+
+
+def stacked(original, order):
+    """The experts in two stacks, `[E, out, in]` transposed by `order`, gate in front of up."""
+    one = [[original[f"mlp.experts.{e}.{last}_proj.weight"] for e in range(3)] for last in ("gate", "up", "down")]
+    gate_up = np.concatenate([np.stack(one[0]), np.stack(one[1])], 1)
+    others = {name: values for name, values in original.items() if "experts" not in name}
+    return others | {
+        "mlp.experts.gate_up_proj": np.ascontiguousarray(gate_up.transpose(order)),
+        "mlp.experts.down_proj": np.ascontiguousarray(np.stack(one[2]).transpose(order)),
+    }
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1)], ids=["out first", "in first"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=["float32", "float16", "bfloat16"])
+def test_an_original_with_stacks_of_experts_in_any_float_format(rectangular, tmp_path, dtype, order):
+    checkpoint, original = rectangular
+    original = {name: values.astype(dtype) for name, values in original.items()}
+    wanted = signals(checkpoint, tmp_path / "one", original)
+    assert len(wanted) == 10 and all(0 < noise < signal / 50 for signal, noise in wanted.values())
+    found = signals(checkpoint, tmp_path / "stacks", stacked(original, order))
+    assert found.keys() == wanted.keys()
+    for name, pair in wanted.items():
+        np.testing.assert_allclose(found[name], pair, rtol=1e-6, err_msg=name)
+
+
+def test_the_error_of_fp8_weights(rectangular, tmp_path):
+    checkpoint, original = rectangular
+    signal, noise = signals(checkpoint, tmp_path / "one", original)["mlp.wide"]
+    w = original["mlp.wide.weight"]
+    q = np.asarray(quantize_fp8(jnp.asarray(w), -1).dequantize(jnp.float32))
+    np.testing.assert_allclose((signal, noise), (np.sum(w**2), np.sum((w - q) ** 2)), rtol=1e-6)
+
+
+def test_stacks_that_do_not_tell_where_a_weight_is_are_not_compared(rectangular, tmp_path):
+    checkpoint, original = rectangular
+    stacks = stacked(original, (0, 1, 2))
+    gate_up, down = stacks["mlp.experts.gate_up_proj"], stacks["mlp.experts.down_proj"]
+    doubtful = {
+        "alternating": {"mlp.experts.gate_up_proj_bias": np.ones((3, 96), np.float32)},
+        "shape": {"mlp.experts.gate_up_proj": gate_up[:, 1:]},
+        "experts": {"mlp.experts.gate_up_proj": gate_up[:0]},
+        "integers": {"mlp.experts.gate_up_proj": gate_up.astype(np.int32)},
+        "matrix": {"mlp.experts.gate_up_proj": gate_up[0]},
+    }
+    for name, changes in doubtful.items():
+        found = signals(checkpoint, tmp_path / name, stacks | changes)
+        assert sorted(found) == [*(f"mlp.experts.{e}.down_proj" for e in range(3)), "mlp.wide"], name
+    files = Files.read(checkpoint)
+    for e in range(3):  # a square weight
+        module = f"mlp.experts.{e}.down_proj"
+        files.tensors[f"{module}.weight"] = files.tensors[f"{module}.weight"][:48]
+        files.tensors[f"{module}.weight_scale"] = files.tensors[f"{module}.weight_scale"][:48]
+    found = signals(files.write(tmp_path / "square"), tmp_path / "o", stacks | {"mlp.experts.down_proj": down[:, :48]})
+    assert sum("experts" in name for name in found) == 6 and not any("down_proj" in name for name in found)

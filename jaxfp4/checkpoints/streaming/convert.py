@@ -33,7 +33,7 @@ from jaxfp4.checkpoints.stored import (
 from jaxfp4.checkpoints.streaming.file_plan import sign_of_quantization
 from jaxfp4.checkpoints.streaming.file_quantization import DEFAULT_SHARD_BYTES, Say, copy_tensor, job_of, write_rest
 from jaxfp4.checkpoints.streaming.resume import resumable_directory
-from jaxfp4.checkpoints.streaming.shard_files import NewFile, NewTensor, refuse_too_large, write_shards
+from jaxfp4.checkpoints.streaming.shard_files import Metadata, NewFile, NewTensor, refuse_too_large, write_shards
 from jaxfp4.checkpoints.streaming.tensor_source import Reader, StoredTensor, TensorSource, open_source
 from jaxfp4.tensors.cache import CacheFormat
 
@@ -42,7 +42,8 @@ EXACT_SCALES = "jaxfp4.exact_scales"
 of tensors of the file to the bits of the float32 that the tensor was in the other format, as hexadecimal digits."""
 
 _F32, _E4M3 = np.dtype(np.float32), np.dtype(ml_dtypes.float8_e4m3fn)
-_CACHE_SCALES = {"k_scale": "k_proj", "v_scale": "v_proj"}
+CACHE_SCALES = {"k_scale": "k_proj", "v_scale": "v_proj"}
+"""Last names of the scales of a key-value cache, and of the modules that make keys and values."""
 
 
 def convert(
@@ -76,9 +77,38 @@ def convert(
     if stored.file_format == file_format:
         other = next(name for name in FORMATS if name != file_format)
         raise ValueError(f"{in_dir}: its format is {file_format} already: wanted {other}; nothing is to be done")
-    modules = _modules(stored, source, file_format)
+    modules = checked_modules(stored, source, file_format)
     tensors, exact = _tensors(stored, source, file_format)
-    carried = carried_files(in_dir)
+    rewrite(
+        source,
+        out_dir,
+        tensors,
+        lambda file, tensor: file.write(tensor.name, 0, np.full(1, tensor.origin, np.float32)),
+        config_files(modules, without_quantization(stored.config), file_format),
+        file_format=file_format,
+        max_shard_bytes=max_shard_bytes,
+        metadata=_metadata_for(exact),
+        say=say,
+    )
+
+
+def rewrite(
+    source: TensorSource,
+    out_dir: Path,
+    tensors: Sequence[NewTensor],
+    write: Callable[[NewFile, NewTensor], None],
+    configs: Mapping[str, Mapping[str, Any]],
+    *,
+    file_format: str,
+    max_shard_bytes: int | None,
+    metadata: Metadata = lambda tensors: {},
+    say: Say,
+) -> None:
+    """Writes a checkpoint in another format, resumably, and copies the files that are carried along.
+
+    Tensors whose origin is a `StoredTensor` are copied; `write` puts the others into their file.
+    """
+    carried = carried_files(source.directory)
     job = job_of("convert", source, carried, {"format": file_format, "max_shard_bytes": max_shard_bytes})
     with resumable_directory(out_dir, job, say) as directory, Reader() as reader:
         refuse_too_large(directory, out_dir, tensors)
@@ -88,13 +118,13 @@ def convert(
                 if isinstance(tensor.origin, StoredTensor):
                     copy_tensor(file, tensor.name, tensor.origin, reader, lambda count: None)
                 else:
-                    file.write(tensor.name, 0, np.full(1, tensor.origin, np.float32))
+                    write(file, tensor)
 
-        write_shards(directory, source.stem, tensors, max_shard_bytes, fill, _metadata_for(exact))
-        write_rest(directory, in_dir, carried, config_files(modules, _without_quantization(stored.config), file_format))
+        write_shards(directory, source.stem, tensors, max_shard_bytes, fill, metadata)
+        write_rest(directory, source.directory, carried, configs)
 
 
-def _modules(stored: StoredCheckpoint, source: TensorSource, file_format: str) -> Modules:
+def checked_modules(stored: StoredCheckpoint, source: TensorSource, file_format: str) -> Modules:
     """The modules by what was done to them, told from their tensors. ValueError for what cannot be expressed."""
     suffixes = SUFFIXES[stored.file_format]
     kinds: dict[str, Kind] = {}
@@ -207,12 +237,12 @@ def _cache_scale_name(name: str, stored: StoredCheckpoint, file_format: str) -> 
     The scale of a module that holds queries, keys and values together stays with it in both formats.
     """
     module, last = split_name(name)
-    if last not in _CACHE_SCALES or stored.tensors.info(name)[1] not in ((), (1,)):
+    if last not in CACHE_SCALES or stored.tensors.info(name)[1] not in ((), (1,)):
         return None
     if file_format == COMPRESSED_TENSORS:
-        own = split_name(module)[1] == _CACHE_SCALES[last]
+        own = split_name(module)[1] == CACHE_SCALES[last]
         return joined(cache_module(file_format, module), last) if own else name
-    below = joined(module, _CACHE_SCALES[last])
+    below = joined(module, CACHE_SCALES[last])
     return joined(below if below in stored.modules or joined(below, "weight") in stored.names else module, last)
 
 
@@ -242,6 +272,6 @@ def _object(text: str) -> dict[str, Any]:
     return parsed if isinstance(parsed, dict) else {}
 
 
-def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """The model's own config.json."""
     return {key: value for key, value in config.items() if key != "quantization_config"}

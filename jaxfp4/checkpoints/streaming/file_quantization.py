@@ -18,7 +18,14 @@ from jaxfp4.checkpoints.sibling_names import module_of
 from jaxfp4.checkpoints.stored import SUFFIXES, joined
 from jaxfp4.checkpoints.streaming.file_plan import FilePlan, method_of
 from jaxfp4.checkpoints.streaming.resume import file_identity, finished_file, resumable_directory
-from jaxfp4.checkpoints.streaming.shard_files import NewFile, NewTensor, refuse_too_large, write_shards
+from jaxfp4.checkpoints.streaming.shard_files import (
+    NewFile,
+    NewTensor,
+    Start,
+    background,
+    refuse_too_large,
+    write_shards,
+)
 from jaxfp4.checkpoints.streaming.slab_quantizer import Scaling, SlabQuantizer, amax_of
 from jaxfp4.checkpoints.streaming.tensor_source import Reader, StoredTensor, TensorSource
 from jaxfp4.checkpoints.writer import write_json
@@ -29,6 +36,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 _U8, _F32, _E4M3 = np.dtype(np.uint8), np.dtype(np.float32), np.dtype(ml_dtypes.float8_e4m3fn)
 _COPIED_BYTES = 8 << 20
 _HELD_BYTES = 224 << 20
+_SLABS_AT_A_TIME = 4
 
 Say = Callable[[str], None]
 Progress = Callable[[int], None]
@@ -153,16 +161,18 @@ class _Work:
         self._held.clear()
         self._awaited = {name for name in by_source if name not in self._left}
         sources = [source for source, _ in by_source.values()]
-        for (source, parts), following in zip(by_source.values(), [*sources[1:], None], strict=True):
-            if following is not None:
-                self._reader.expect(following)
-            if source.name in self._left:
-                copy_tensor(file, parts[0].name, source, self._reader, self._progress)
-            else:
-                self._quantize(file, source, {part.name.rpartition(".")[2]: part.name for part in parts})
+        with background(_SLABS_AT_A_TIME) as write_behind:
+            for (source, parts), following in zip(by_source.values(), [*sources[1:], None], strict=True):
+                if following is not None:
+                    self._reader.expect(following)
+                if source.name in self._left:
+                    copy_tensor(file, parts[0].name, source, self._reader, self._progress)
+                else:
+                    names = {part.name.rpartition(".")[2]: part.name for part in parts}
+                    self._quantize(file, source, names, write_behind)
 
-    def _quantize(self, file: NewFile, weight: StoredTensor, names: Mapping[str, str]) -> None:
-        """Writes those parts of a weight that are in this file, by their last names."""
+    def _quantize(self, file: NewFile, weight: StoredTensor, names: Mapping[str, str], write_behind: Start) -> None:
+        """Has those parts of a weight written that are in this file, by their last names."""
         suffixes = SUFFIXES[self._format]
         scaling = self._quantizer.scaling(self._amax(self._group_of[weight.name]), weight.dtype)
         if suffixes.global_scale in names:
@@ -177,15 +187,9 @@ class _Work:
                 if suffix in names:
                     file.write(names[suffix], begin // width, np.asarray(array)[: (end - begin) // width])
 
-        # One slab is computed while the one before it is written and the next one read.
-        waiting: Callable[[], None] | None = None
+        # Slabs are computed and written while the next ones are read, or the next weights for their amaxes.
         for begin, end, values in self._slabs(weight, scaling):
-            encoded = self._quantizer.encode(values, scaling)
-            if waiting:
-                waiting()
-            waiting = functools.partial(put, begin, end, *encoded)
-        if waiting:
-            waiting()
+            write_behind(functools.partial(put, begin, end, *self._quantizer.encode(values, scaling)))
 
     def _slabs(self, weight: StoredTensor, scaling: Scaling) -> Iterator[tuple[int, int, np.ndarray]]:
         self._awaited.discard(weight.name)

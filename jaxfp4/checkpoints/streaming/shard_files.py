@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -43,14 +44,14 @@ class NewFile:
         self._write_at(0, layout.header)
 
     def write(self, name: str, begin: int, values: np.ndarray) -> None:
-        """Writes contiguous values from byte `begin` of a tensor on."""
+        """Writes contiguous values from byte `begin` of a tensor on; several threads may."""
         self._write_at(self._starts[name] + begin, values.reshape(-1).view(np.uint8).data)
 
     def _write_at(self, offset: int, data: bytes | memoryview) -> None:
-        self._file.seek(offset)
         rest = memoryview(data)
         while len(rest):
-            rest = rest[self._file.write(rest) :]
+            count = os.pwrite(self._file.fileno(), rest, offset)
+            rest, offset = rest[count:], offset + count
 
 
 Fill = Callable[[NewFile, Sequence[NewTensor]], None]
@@ -75,7 +76,7 @@ def write_shards(
     """
     shards = divided(tensors, max_shard_bytes)
     files = dict(zip(shard_names(stem, len(shards)), shards, strict=True))
-    with _background() as finish:
+    with background(1) as finish:
         for name, shard in files.items():
             if not (directory / name).is_file():
                 _write_file(directory / name, shard, fill, metadata(shard), finish)
@@ -89,7 +90,7 @@ def _write_file(
     tensors: Sequence[NewTensor],
     fill: Fill,
     metadata: Mapping[str, str],
-    finish: Callable[[Callable[[], Any]], None],
+    finish: Start,
 ) -> None:
     with contextlib.ExitStack() as stack:
         unfinished = stack.enter_context(finished_file(path))
@@ -98,20 +99,31 @@ def _write_file(
         finish(stack.pop_all().close)
 
 
+Start = Callable[[Callable[[], Any]], None]
+"""Has a function run in the background."""
+
+
 @contextlib.contextmanager
-def _background() -> Iterator[Callable[[Callable[[], Any]], None]]:
-    """Runs functions one behind the other on a thread; an error of one is raised at the next, or at the end."""
-    pending: list[concurrent.futures.Future[Any]] = []
-    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+def background(most: int) -> Iterator[Start]:
+    """Runs functions one behind the other on a thread, while at most `most` of them are not finished.
 
-        def start(function: Callable[[], Any]) -> None:
-            while pending:
-                pending.pop().result()
-            pending.append(executor.submit(function))
+    One more waits for the first of them. An error of one is raised at a later one, or at the end. If the block raises,
+    what has not begun is left out.
+    """
+    pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+    executor = concurrent.futures.ThreadPoolExecutor(1)
 
+    def start(function: Callable[[], Any]) -> None:
+        while len(pending) >= most:
+            pending.popleft().result()
+        pending.append(executor.submit(function))
+
+    try:
         yield start
         while pending:
-            pending.pop().result()
+            pending.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def refuse_too_large(directory: Path, out_dir: Path, tensors: Sequence[NewTensor]) -> None:

@@ -24,8 +24,9 @@ _SCALES = ("_scale", "_scale_2", "_scale_inv")
 STACK = "NVFP4 stack"
 """The scheme of experts that are packed in one tensor of three dimensions, as in Llama 4."""
 
-_LAYER = re.compile(r"(?:^|(?<=\.))(layers|layer|h|blocks|block)\.(\d+)(?=\.|$)")
-_EXPERT = re.compile(r"(?:^|(?<=\.))experts\.(\d+)(?=\.|$)")
+# No number is longer than any that counts something: Python refuses to read thousands of digits.
+_LAYER = re.compile(r"(?:^|(?<=\.))(layers|layer|h|blocks|block)\.(\d{1,18})(?=\.|$)")
+_EXPERT = re.compile(r"(?:^|(?<=\.))experts\.(\d{1,18})(?=\.|$)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +210,14 @@ def natural_order(name: str) -> tuple[tuple[int, str], ...]:
     >>> sorted(["layers.10", "layers.9"], key=natural_order)
     ['layers.9', 'layers.10']
     """
-    return tuple((int(part), "") if part.isdecimal() and part.isascii() else (-1, part) for part in name.split("."))
+    return tuple(_natural_part(part) for part in name.split("."))
+
+
+def _natural_part(part: str) -> tuple[int, str]:
+    if not (part.isdecimal() and part.isascii()):
+        return -1, part
+    digits = part.lstrip("0")
+    return len(digits), digits
 
 
 def layer_of(name: str) -> tuple[str, int] | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from jaxfp4.checkpoints.configs import COMPRESSED_TENSORS, CONFIG_FILE, MODELOPT
@@ -15,6 +16,7 @@ from jaxfp4.checkpoints.verification.quantized_modules import STACK, Inventory, 
 _NOT_LINEAR = re.compile(r"embed|norm|\bwte\b|\bwpe\b|_bias\b|conv", re.IGNORECASE)
 _ROUTER = re.compile(r"(^|\.|_)(gate|router)(\.|$)")
 _OUTSIDE = re.compile(r"(^|\.)(lm_head|output)$|vision|visual")
+_SHOWN = 8
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 NO_NVFP4 = Rule(
@@ -110,8 +112,9 @@ CACHE_UNDECLARED = Rule(
 CACHE_NVFP4 = Rule(
     "cache-nvfp4",
     Severity.NOTE,
-    "TensorRT-LLM loads the scales of an NVFP4 cache only with TRTLLM_LOAD_KV_SCALES=1",
-    "set the variable",
+    "TensorRT-LLM loads the scales of an NVFP4 cache only with TRTLLM_LOAD_KV_SCALES=1; writers do not agree whether "
+    "they are amax / 448 (Model-Optimizer's Hugging Face export, and jaxfp4) or amax / 2688 (auto-round)",
+    "set the variable, and compare outputs with those of an unquantized cache",
 )
 LAYERS = Rule(
     "missing-layers",
@@ -235,10 +238,10 @@ def _layers(inventory: Inventory, config: Mapping[str, Any]) -> Iterator[Finding
     if not stacks:
         return
     stack = max(stacks, key=lambda one: len(stacks[one]))
-    missing = [number for number in range(wanted) if number not in stacks[stack]]
+    missing, first = _missing(wanted, stacks[stack])
     if missing:
-        found = f"{len(missing)} of {wanted} layers have no weight: {_numbers(missing)}; config.json says {wanted}"
-        yield LAYERS.at(stack, found, len(missing))
+        found = f"{missing} of {wanted} layers have no weight: {_numbers(first)}; config.json says {wanted}"
+        yield LAYERS.at(stack, found, missing)
     predicting = inside.get("num_nextn_predict_layers")
     allowed = wanted + (predicting if type(predicting) is int and predicting > 0 else 0)
     extra = sorted(number for number in stacks[stack] if number >= allowed)
@@ -258,11 +261,21 @@ def _experts(inventory: Inventory, config: Mapping[str, Any]) -> Iterator[Findin
         if expert is not None:
             stacks.setdefault(name.partition(f"experts.{expert}.")[0] + "experts", set()).add(expert)
     for stack, there in stacks.items():
-        missing = [number for number in range(counts[0]) if number not in there]
+        missing, first = _missing(counts[0], there)
         if missing:
-            found = f"{len(missing)} of {counts[0]} experts have no weight: {_numbers(missing)}"
-            yield EXPERTS.at(stack, found, len(missing))
+            found = f"{missing} of {counts[0]} experts have no weight: {_numbers(first)}"
+            yield EXPERTS.at(stack, found, missing)
+
+
+def _missing(wanted: int, there: Set[int]) -> tuple[int, list[int]]:
+    """How many of the numbers below `wanted` are not there, and the first of them, a few more than are shown.
+
+    Takes no time for a `wanted` beyond all reason, which a broken file may say.
+    """
+    count = max(wanted, 0) - sum(0 <= number < wanted for number in there)
+    absent = (number for number in itertools.count() if number not in there)
+    return count, list(itertools.islice(absent, min(count, _SHOWN + 1)))
 
 
 def _numbers(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+    return ", ".join(map(str, numbers[:_SHOWN])) + (", ..." if len(numbers) > _SHOWN else "")
