@@ -160,6 +160,7 @@ def counting(self, *arguments):
         time.sleep(60)
     return values(self, *arguments)
 Reader.values = counting
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell runs in the background
 quantize_planned(plan_files(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]), recipe="nvfp4_weight_only",
                  file_format="modelopt", max_shard_bytes=int(sys.argv[3]))
 """
