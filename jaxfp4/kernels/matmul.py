@@ -1,11 +1,13 @@
 """`x @ dequantize(w)` with the NVFP4 weight read from memory as it is packed, for a few rows of `x`, on Hopper.
 
-A small batch is bounded by reading the weight, 4.5 bits a value here in place of 16, so decoding must keep up with the
-memory: it takes 2.3 instructions a weight, and all the rest brings that to 4 to 6.5, the fewer the more a warp has to
-do. An E2M1 code `s eem` whose bits lie in a bfloat16 at 15 and at 8 to 6 is 2^-126 times its value, subnormals
-included, so two codes become two bfloat16 in a few masks and shifts of one word. Times 2^119 times the E4M3 scale, one
-instruction for the two, they are `e2m1 * scale * 2^-7`: at most 6 significant bits, hence exact. The tensor cores sum
-products of these and `x` in float32, the global scale multiplies the sum.
+A small batch is bounded by reading the weight, 4.5 bits a value here in place of 16, if decoding keeps up with the
+memory. It takes about 3 instructions a weight, because no value moves between threads: the order of the values along
+the contraction is free if `x` has the same, and so is that of the columns, hence each thread loads 16 bytes and decodes
+them to the very registers in which the tensor cores want them. A program is one warp, whose 32 threads are 8 groups of
+columns times 4 parts of the contraction. An E2M1 code `s eem` whose bits lie in a bfloat16 at 15 and at 8 to 6 is
+2^-126 times its value, subnormals included; times 2^119 times the E4M3 scale, one instruction for two, it is
+`e2m1 * scale * 2^-7`: at most 6 significant bits, hence exact. The tensor cores sum products of these and `x` in
+float32, the global scale multiplies the sum.
 """
 
 from __future__ import annotations
@@ -22,46 +24,43 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from jaxfp4.formats import BLOCK_SIZE, fp8, nvfp4
+from jaxfp4.formats import BLOCK_SIZE
 from jaxfp4.kernels.calls import call
-from jaxfp4.kernels.decoding import HIGH, LOW, SCALES, decode_words
+from jaxfp4.kernels.decoding import PRODUCT_FACTOR, decode_pairs, decode_pairs_plainly
 
-_PAIRS = BLOCK_SIZE // 2
-_SCALE_FACTOR = 2.0**119
-_SUM_FACTOR = 2.0**7
+_GROUPS, _PARTS = 8, 4
+"""A warp's threads: thread `4 * g + q` holds columns of group g and values q of the contraction, as tensor cores do."""
+
+_VECTOR = 8
+"""Values of x that a thread loads at once: 16 bytes of bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How the work is cut. All but `programs` are powers of two."""
+    """How the work is cut. Both are powers of two."""
 
     columns: int
-    """Columns of the weight in a tile."""
-    depth: int
-    """Values along the contraction in a tile, at least 16."""
-    warps: int
-    stages: int
-    """Tiles in flight."""
+    """Columns of the weight in a tile, at least 32."""
     programs: int
     """The contraction is split until there are at least so many programs; a second step sums the parts, in order."""
+    stages: int = 1
+    ahead: bool = False
+    """Load the codes of a tile while the one before is multiplied: more registers."""
 
 
 TILES: Mapping[int, Tiles] = {
-    16: Tiles(columns=64, depth=64, warps=2, stages=3, programs=1024),
-    32: Tiles(columns=128, depth=128, warps=4, stages=3, programs=256),
-    64: Tiles(columns=128, depth=64, warps=4, stages=3, programs=256),
+    16: Tiles(columns=128, programs=1024),
+    32: Tiles(columns=64, programs=1024),
+    64: Tiles(columns=32, programs=1024),
 }
-"""By the most rows that they are for.
-
-Those for 16 rows were the fastest of 20 measured on an H200, at 8192 by 8192 and 8192 by 28672 (1.45 and 1.53 times
-as fast as the bfloat16 product); the others have not been compared.
-"""
+"""By the most rows that they are for."""
 
 TILES_CONTRACTION_LAST: Mapping[int, Tiles] = {
-    **TILES,
-    16: Tiles(columns=64, depth=128, warps=2, stages=1, programs=1024),
+    16: Tiles(columns=64, programs=1024),
+    32: Tiles(columns=64, programs=1024),
+    64: Tiles(columns=32, programs=1024),
 }
-"""For weights whose contraction is their last axis: 1.2 times as fast as the bfloat16 product, of 10 measured."""
+"""For weights whose contraction is their last axis."""
 
 MOST_ROWS = max(TILES)
 """The most rows of x for which there are tiles."""
@@ -106,12 +105,9 @@ def packed_matmul(
         )[0]
     problem = _problem(x, packed, scales, global_scale, contraction_last, tiles, interpret)
     out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
-    factor = global_scale * _SUM_FACTOR
-    blocks = packed.reshape(problem.packed_shape)
-    constant = jnp.full((1,), _SCALE_FACTOR, jnp.float32)
     parts = call(
         functools.partial(_kernel, problem),
-        warps=problem.tiles.warps,
+        warps=1,
         stages=problem.tiles.stages,
         interpret=interpret,
         grid=(problem.column_tiles * problem.splits, problem.experts),
@@ -120,10 +116,10 @@ def packed_matmul(
             jnp.float32 if problem.splits > 1 else out_dtype,
         ),
         name="nvfp4_matmul",
-    )(x, blocks, scales, factor, constant)
+    )(x, packed, scales, global_scale)
     if problem.splits == 1:
         return parts[:, 0]
-    return (jnp.sum(parts, 1) * factor[:, None, None]).astype(out_dtype)
+    return (jnp.sum(parts, 1) * (global_scale / PRODUCT_FACTOR)[:, None, None]).astype(out_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +135,9 @@ class _Problem:
     interpret: bool
 
     @property
-    def packed_shape(self) -> tuple[int, ...]:
-        """Of the codes, with one axis for the pairs of a block."""
-        blocks = self.length // BLOCK_SIZE
-        if self.contraction_last:
-            return (self.experts, self.columns, blocks, _PAIRS)
-        return (self.experts, blocks, _PAIRS, self.columns)
+    def depth(self) -> int:
+        """Values along the contraction in a tile: for each thread a block, or two that lie together."""
+        return _PARTS * BLOCK_SIZE * (2 if self.contraction_last else 1)
 
     @property
     def column_tiles(self) -> int:
@@ -153,19 +146,24 @@ class _Problem:
     @property
     def splits(self) -> int:
         """Into how many parts the contraction is cut: a power of two."""
-        steps = -(-self.length // self.tiles.depth)
+        steps = -(-self.length // self.depth)
         wanted = self.tiles.programs / (self.column_tiles * self.experts)
         return min(2 ** max(math.ceil(math.log2(wanted)), 0), 2 ** (steps.bit_length() - 1))
 
     @property
     def steps(self) -> int:
         """Tiles along the contraction in each part."""
-        return -(-self.length // (self.tiles.depth * self.splits))
+        return -(-self.length // (self.depth * self.splits))
 
     @property
     def row_tile(self) -> int:
         """Rows of a tile of x: the least number for tensor cores, or more."""
         return max(16, 1 << (self.rows - 1).bit_length())
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last tile along the contraction reaches beyond it."""
+        return self.length != self.steps * self.splits * self.depth
 
 
 def _problem(
@@ -196,125 +194,146 @@ def _problem(
     return _Problem(experts, rows, columns, length, contraction_last, limit, interpret)
 
 
-def _kernel(
-    problem: _Problem, x_ref: Any, packed_ref: Any, scales_ref: Any, factor_ref: Any, one_ref: Any, out: Any
-) -> None:
+def _kernel(problem: _Problem, x_ref: Any, packed_ref: Any, scales_ref: Any, global_ref: Any, out: Any) -> None:
     """One program: a tile of columns, a part of the contraction."""
     tiles = problem.tiles
     part = pl.program_id(0) // problem.column_tiles
     column = (pl.program_id(0) % problem.column_tiles) * tiles.columns
     expert = pl.program_id(1)
-    scale_factor = one_ref[0]
+    load, arrange = (_load_last, _arrange_last) if problem.contraction_last else (_load_first, _arrange_first)
 
-    def step(i: Array, total: Array) -> Array:
-        tile = part * problem.steps + i
-        rows = _load_rows(problem, x_ref, expert, tile)
-        codes, block_scales = _load_weight(problem, packed_ref, scales_ref, expert, tile, column)
-        pairs = _decode(problem, codes, _scale_values(problem, block_scales, scale_factor))
-        for piece in _bfloat16_parts(rows):
-            for values, weight in zip(_even_and_odd(piece), pairs, strict=True):
-                total = total + triton.dot(values, weight.T if problem.contraction_last else weight)
+    def weight(i: Array) -> tuple[Array, ...]:
+        return load(problem, packed_ref, scales_ref, expert, part * problem.steps + i, column)
+
+    def add(i: Array, total: Array, *loaded: Array) -> Array:
+        values = arrange(problem, *loaded)
+        for rows in _load_rows(problem, x_ref, expert, part * problem.steps + i):
+            total = total + triton.dot(rows, values)
         return total
 
-    result = lax.fori_loop(0, problem.steps, step, jnp.zeros((problem.row_tile, tiles.columns), jnp.float32))
+    def step(i: Array, total: Array) -> Array:
+        return add(i, total, *weight(i))
+
+    def step_ahead(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        total, *now = carry
+        later = weight(jnp.minimum(i + 1, problem.steps - 1))
+        return add(i, total, *now), *later
+
+    result = jnp.zeros((problem.row_tile, tiles.columns), jnp.float32)
+    if tiles.ahead:
+        result, *_ = lax.fori_loop(0, problem.steps, step_ahead, (result, *weight(part * 0)))
+    else:
+        result = lax.fori_loop(0, problem.steps, step, result)
     if problem.splits == 1:
-        result = result * factor_ref[expert]
+        result = result * (global_ref[expert] * (1 / PRODUCT_FACTOR))
+    if not problem.contraction_last:
+        result = result.reshape(problem.row_tile, -1, _GROUPS).transpose(0, 2, 1).reshape(result.shape)
     shape = result.shape
     inside = lax.broadcasted_iota(jnp.int32, shape, 0) < problem.rows
     if problem.columns % tiles.columns:
         inside &= column + lax.broadcasted_iota(jnp.int32, shape, 1) < problem.columns
-    place = out.at[expert, part, _first(shape[0], expert), pl.ds(column, shape[1])]
+    # A start that is traced: JAX refuses a slice that it can see to be too long.
+    place = out.at[expert, part, pl.ds(expert * 0, shape[0]), pl.ds(column, shape[1])]
     triton.store(place, result.astype(out.dtype), mask=inside)
 
 
-def _load_rows(problem: _Problem, x_ref: Any, expert: Array, tile: Array) -> Array:
-    """A tile of x; zero outside."""
-    depth = problem.tiles.depth
-    shape = (problem.row_tile, depth)
-    start = tile * depth
-    mask = None
-    if problem.rows != shape[0]:
-        mask = lax.broadcasted_iota(jnp.int32, shape, 0) < problem.rows
-    if _ragged(problem):
-        inside = start + lax.broadcasted_iota(jnp.int32, shape, 1) < problem.length
-        mask = inside if mask is None else mask & inside
-    return _load(x_ref.at[expert, _first(shape[0], expert), pl.ds(start, depth)], mask)
+# Where a thread's values come from. Places are arrays of two axes, `[..., g, q]` joined to one and the values that
+# lie together in memory: Triton gives a thread one row of 32, whatever else it might prefer.
 
 
-def _load_weight(
+def _load_first(
     problem: _Problem, packed_ref: Any, scales_ref: Any, expert: Array, tile: Array, column: Array
-) -> tuple[Array, Array]:
-    """Tiles of the codes and the block scales; zero outside."""
-    blocks, columns = problem.tiles.depth // BLOCK_SIZE, problem.tiles.columns
-    along, across = pl.ds(tile * blocks, blocks), pl.ds(column, columns)
-    shape, last = ((columns, blocks), 1) if problem.contraction_last else ((blocks, columns), 0)
-    mask = None
-    if problem.columns % columns:
-        mask = column + lax.broadcasted_iota(jnp.int32, shape, 1 - last) < problem.columns
-    if _ragged(problem):
-        inside = tile * blocks + lax.broadcasted_iota(jnp.int32, shape, last) < problem.length // BLOCK_SIZE
-        mask = inside if mask is None else mask & inside
-    if problem.contraction_last:
-        codes, scales = packed_ref.at[expert, across, along, :], scales_ref.at[expert, across, along]
-    else:
-        codes, scales = packed_ref.at[expert, along, :, across], scales_ref.at[expert, along, across]
-    return _load(codes, None if mask is None else _over_pairs(problem, mask)), _load(scales, mask)
+) -> tuple[Array, ...]:
+    """Codes `[g, q; columns]` of each of the 8 pairs in a block, and scales; thread q has block q of four."""
+    width = problem.tiles.columns // _GROUPS
+    (group, part), value = _places(width, _GROUPS, _PARTS)
+    block, at = _PARTS * tile + part, column + group * width + value
+    rows = [block * (BLOCK_SIZE // 2) + pair for pair in range(BLOCK_SIZE // 2)]
+    codes = [_load(problem, packed_ref, expert, row, at, block) for row in rows]
+    return *codes, _load(problem, scales_ref, expert, block, at, block)
 
 
-def _ragged(problem: _Problem) -> bool:
-    """Whether the last tile along the contraction reaches beyond it."""
-    return problem.length != problem.steps * problem.splits * problem.tiles.depth
+def _load_last(
+    problem: _Problem, packed_ref: Any, scales_ref: Any, expert: Array, tile: Array, column: Array
+) -> tuple[Array, ...]:
+    """Codes `[columns / 8, g, q; 16 pairs]` and scales `[columns / 8, g, q; 2]`; thread q has two blocks of eight."""
+    shape = problem.tiles.columns // _GROUPS, _GROUPS, _PARTS
+    (many, group, part), value = _places(BLOCK_SIZE, *shape)
+    block = 2 * (_PARTS * tile + part)
+    at = column + many * _GROUPS + group
+    codes = _load(problem, packed_ref, expert, at, block * (BLOCK_SIZE // 2) + value, block + value * 2 // BLOCK_SIZE)
+    (many, group, part), value = _places(2, *shape)
+    block = 2 * (_PARTS * tile + part) + value
+    return codes, _load(problem, scales_ref, expert, column + many * _GROUPS + group, block, block)
 
 
-def _first(size: int, traced: Array) -> Any:
-    """The first entries, maybe more than there are: JAX refuses a slice that it can see to be too long."""
-    return pl.ds(traced * 0, size)
-
-
-def _load(ref: Any, mask: Array | None) -> Array:
-    return triton.load(ref) if mask is None else triton.load(ref, mask=mask, other=0)
-
-
-def _over_pairs(problem: _Problem, values: Array) -> Array:
-    """Values of blocks repeated for each pair of codes."""
-    axis = 2 if problem.contraction_last else 1
-    shape = (*values.shape[:axis], _PAIRS, *values.shape[axis:])
-    return jnp.broadcast_to(lax.expand_dims(values, [axis]), shape)
-
-
-def _scale_values(problem: _Problem, codes: Array, factor: Array) -> Array:
-    """bfloat16 `scale * 2^119`, or the scale itself where values are decoded to theirs, for each pair of codes.
-
-    The factor is an operand of the kernel, not a constant, where columns lie together in memory: Triton then decodes in
-    the layout in which the codes are loaded, 16 bytes a thread, and moves the values to where the product wants them.
-    With a constant it loads the codes in the latter layout, which is as fast only if the contraction lies together.
-    """
-    if problem.interpret:
-        return _over_pairs(problem, fp8.decode(codes).astype(jnp.bfloat16))
-    scales = decode_words(SCALES, [codes])
-    if problem.contraction_last:
-        return _over_pairs(problem, scales * jnp.bfloat16(_SCALE_FACTOR))
-    return _over_pairs(problem, (scales.astype(jnp.float32) * factor).astype(jnp.bfloat16))
-
-
-def _decode(problem: _Problem, codes: Array, scales: Array) -> tuple[Array, Array]:
-    """bfloat16 `e2m1 * scale * 2^-7` of the low and of the high nibbles, blocks and pairs joined."""
-    if problem.interpret:  # inline assembly has no interpreter
-        values = (
-            nvfp4.decode_values(c) * (scales.astype(jnp.float32) / _SUM_FACTOR) for c in (codes & 0xF, codes >> 4)
-        )
-    else:
-        values = (decode_words(text, [codes, scales]) for text in (LOW, HIGH))
+def _load_rows(problem: _Problem, x_ref: Any, expert: Array, tile: Array) -> list[Array]:
+    """A tile of x as bfloat16 parts, values along the contraction in the order of the weight's; zero outside."""
     last = problem.contraction_last
-    shape = (codes.shape[0], -1) if last else (-1, codes.shape[2])
-    even, odd = (v.astype(jnp.bfloat16).reshape(shape) for v in values)
-    return even, odd
+    vectors = problem.depth // (_PARTS * _VECTOR)
+    (vector, row, part), value = _places(_VECTOR, vectors, problem.row_tile, _PARTS)
+    at = (tile * _PARTS + part) * (vectors * _VECTOR) + vector * _VECTOR + value
+    mask = None
+    if problem.rows != problem.row_tile:
+        mask = row < problem.rows
+    if problem.ragged:
+        inside = at < problem.length
+        mask = inside if mask is None else mask & inside
+    place = x_ref.at[expert, row, at]
+    rows = triton.load(place) if mask is None else triton.load(place, mask=mask, other=0)
+    if last:  # block, second word of it, row, q, pair, pair, high nibble
+        shape, order = (2, 2, problem.row_tile, _PARTS, 2, 2, 2), (2, 0, 4, 3, 5, 6, 1)
+    else:  # half of the block, row, q, pair, second of two pairs, high nibble
+        shape, order = (2, problem.row_tile, _PARTS, 2, 2, 2), (1, 0, 2, 3, 5, 4)
+    return [p.reshape(shape).transpose(order).reshape(problem.row_tile, -1) for p in _bfloat16_parts(rows)]
 
 
-def _even_and_odd(x: Array) -> tuple[Array, Array]:
-    rows, depth = x.shape
-    even, odd = jnp.split(x.reshape(rows, depth // 2, 2), 2, axis=2)
-    return even.reshape(rows, depth // 2), odd.reshape(rows, depth // 2)
+def _arrange_first(problem: _Problem, *loaded: Array) -> Array:
+    """Values of a tile, `[half of the block, q, pair, high nibble, second of two pairs; columns, g]`."""
+    *codes, scales = loaded
+    values = []
+    for first, second in zip(codes[::2], codes[1::2], strict=True):
+        values.append(jnp.stack(_decode(problem, first, second, scales), -1))
+    halves = [jnp.stack(values[i : i + 2], -1) for i in (0, 2)]
+    both = jnp.stack(halves, -1).reshape(_GROUPS, _PARTS, -1, 2, 2, 2, 2)
+    return both.transpose(6, 1, 5, 4, 3, 2, 0).reshape(problem.depth, problem.tiles.columns)
+
+
+def _arrange_last(problem: _Problem, codes: Array, scales: Array) -> Array:
+    """Values of a tile, `[block, pair, q, pair, high nibble, second word; columns / 8, g]`."""
+    words = codes.reshape(-1, 2, 2, 4)
+    first, second = (a.reshape(-1, 2, 4) for a in jnp.split(words, 2, 2))
+    scales = jnp.broadcast_to(scales[..., None], first.shape)
+    values = jnp.stack(_decode(problem, first, second, scales), -1)
+    values = values.reshape(-1, _GROUPS, _PARTS, 2, 2, 2, 2, 2)
+    return values.transpose(3, 4, 2, 5, 7, 6, 0, 1).reshape(problem.depth, problem.tiles.columns)
+
+
+def _decode(problem: _Problem, first: Array, second: Array, scales: Array) -> tuple[Array, Array]:
+    return (decode_pairs_plainly if problem.interpret else decode_pairs)(first, second, scales)
+
+
+def _places(together: int, *shape: int) -> tuple[list[Array], Array]:
+    """Indices of the first axis, which joins axes of the sizes `shape`, and of the second."""
+    whole = math.prod(shape), together
+    index = lax.broadcasted_iota(jnp.int32, whole, 0)
+    indices = []
+    for size in reversed(shape):
+        indices.append(index & (size - 1))
+        index = lax.shift_right_logical(index, jnp.full_like(index, size.bit_length() - 1))
+    return indices[::-1], lax.broadcasted_iota(jnp.int32, whole, 1)
+
+
+def _load(problem: _Problem, ref: Any, expert: Array, row: Array, column: Array, block: Array) -> Array:
+    """Codes of the weight or its scales; zero outside."""
+    mask = None
+    if problem.columns % problem.tiles.columns:
+        mask = (row if problem.contraction_last else column) < problem.columns
+    if problem.ragged:
+        inside = block < problem.length // BLOCK_SIZE
+        mask = inside if mask is None else mask & inside
+    place = ref.at[expert, row, column]
+    return triton.load(place) if mask is None else triton.load(place, mask=mask, other=0)
 
 
 def _bfloat16_parts(x: Array) -> list[Array]:
