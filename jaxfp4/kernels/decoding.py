@@ -23,7 +23,7 @@ JOIN = "\n".join(
 )
 """Words with a byte of the first argument in bits 7 to 0, of the second in 23 to 16, and anything in the others."""
 
-# Exponent and mantissa at bits 10 to 4 are the scale times 2^-120. Twice a power of two makes that the scale times 2^119.
+# Exponent and mantissa at bits 10 to 4 are the scale times 2^-120. Two powers of two make that the scale times 2^119.
 # With another factor the code of NaN alone, 480 so far, overflows, and Inf times zero is the NaN to add.
 _TIMES = (
     "mul.bf16x2 p, p, most; mul.bf16x2 o, p, over; mul.bf16x2 p, p, rest; fma.rn.bf16x2 p, o, zero, p;"

@@ -16,7 +16,7 @@ from .test_simulation import dequantized
 # From 0.12 on JAX warns that its Triton backend is going to be removed.
 
 K, N, T = 64, 48, 3
-TILES = Tiles(columns=64, depth=64, warps=4, stages=2, programs=1)
+TILES = Tiles(columns=64, programs=1, warps=1)
 
 
 def draw(*shape: int, seed: int = 0) -> jax.Array:

@@ -71,6 +71,16 @@ def test_a_wrong_result_is_found_and_not_timed(name, change, tmp_path):
     assert right["as_expected"] == 1 and right["ours"]["median"] > 0
 
 
+def test_matmuls_read_the_packed_weight_and_are_checked(tmp_path):
+    operations = {"matmul_1": OPERATIONS["matmul_1"], "matmul_16": broken(OPERATIONS["matmul_16"], 1)}
+    file = tmp_path / "a.json"
+    assert bench_kernels(Console(), Choice(sizes="tiny", quick=True), file, operations, libraries=[]) == 1
+    right, wrong = sorted(json.loads(file.read_text())["cases"], key=lambda case: case["operation"])
+    assert (right["as_expected"], wrong["ours"]) == (1, None) and wrong["as_expected"] < 1
+    k, n = SIZES["tiny"].shape
+    assert (right["bytes_read"], right["bytes_written"]) == (k * n * 9 // 16 + 4 + 2 * k, 4 * n)
+
+
 def test_an_operation_that_fails_is_shown():
     def fails(x):
         raise ValueError("no such shape\nfor it")

@@ -15,7 +15,7 @@ from jaxfp4.kernels.matmul import TILES, Tiles, packed_matmul
 
 # From 0.12 on JAX warns that its Triton backend is going to be removed.
 
-SMALL = Tiles(columns=32, programs=6)
+SMALL = Tiles(columns=32, programs=6, warps=1)
 NAN = 0x7F
 
 
@@ -71,7 +71,7 @@ def test_result_is_cast_once(programs):
     wanted = x.astype(np.float64) @ E2M1.values[codes]
     assert np.any(wanted.astype(ml_dtypes.bfloat16) != wanted)
     operands = jnp.asarray(x), packed, jnp.full((8, 32), 0x38, jnp.uint8), jnp.float32(1)
-    found = multiply(operands, out_dtype=None, tiles=Tiles(32, programs))
+    found = multiply(operands, out_dtype=None, tiles=Tiles(32, programs, warps=1))
     assert found.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found, wanted.astype(ml_dtypes.bfloat16))
 
@@ -101,65 +101,95 @@ def test_errors():
 # The inline assembly, which the interpreter does not run.
 
 
-def bfloat16_pair(bits, function, *others):
+def as_bfloat16(words):
+    return words.astype("<u4").view("<u2").view(ml_dtypes.bfloat16)
+
+
+def on_pairs(function):
     """A function of float32 on both bfloat16 in words, rounded to bfloat16."""
-    halves = [w.astype("<u4").view("<u2").view(ml_dtypes.bfloat16).astype(np.float32) for w in (bits, *others)]
-    return function(*halves)
+
+    def words(*operands):
+        with np.errstate(over="ignore", invalid="ignore"):  # how NaN is made
+            result = function(*(as_bfloat16(w).astype(np.float32) for w in operands))
+        return result.astype(ml_dtypes.bfloat16).view("<u2").view("<u4")
+
+    return words
+
+
+def picked_bytes(first, second, selectors):
+    pair = first.astype(np.uint64) | (second.astype(np.uint64) << np.uint64(32))
+    picked = [(pair >> np.uint64(8 * (int(selectors) >> 4 * i & 7))) & np.uint64(0xFF) for i in range(4)]
+    return sum(p << np.uint64(8 * i) for i, p in enumerate(picked)).astype(np.uint32)
+
+
+PTX = {
+    "mov.b32": lambda a: a,
+    "and.b32": np.bitwise_and,
+    "or.b32": np.bitwise_or,
+    "shl.b32": np.left_shift,
+    "shr.u32": np.right_shift,
+    "prmt.b32": picked_bytes,
+    "mul.bf16x2": on_pairs(np.multiply),
+    "fma.rn.bf16x2": on_pairs(lambda a, b, c: a * b + c),
+}
+"""What the few instructions that the decoding uses do to numpy words."""
 
 
 def run_ptx(text, registers):
-    """What the few instructions that the decoding uses do to numpy words."""
+    """The four results, as an axis of size 4."""
     registers = dict(registers)
 
     def value(name):
-        return registers[name] if name in registers else np.uint32(int(name, 16) if "x" in name else int(name))
+        if name in registers:
+            return registers[name]
+        return np.full_like(registers["$4"], int(name, 16) if "x" in name else int(name))
 
-    def greater(a, b):
-        return np.where(a > b, 0xFFFF, 0).astype("<u2").view("<u4")
-
-    def product(a, b):
-        return (a * b).astype(ml_dtypes.bfloat16).view("<u2").view("<u4")
-
-    simple = {
-        "mov.b32": lambda a: a + np.zeros_like(registers["$2"]),
-        "and.b32": np.bitwise_and,
-        "or.b32": np.bitwise_or,
-        "shl.b32": np.left_shift,
-        "mul.lo.u32": lambda a, b: a * b,
-        "mul.bf16x2": lambda a, b: bfloat16_pair(a, product, b),
-        "set.gt.u32.bf16x2": lambda a, b: bfloat16_pair(a, greater, b),
-    }
-    for line in text.strip("{}").replace("\n", " ").split(";"):
+    for line in text.replace("\n", " ").removeprefix("{").removesuffix("}").split(";"):
         name, _, rest = line.strip().partition(" ")
         if not name or name == ".reg":
             continue
-        target, *sources = (s.strip() for s in rest.split(","))
-        if name == "prmt.b32":
-            source, selector = registers[sources[0]], int(sources[2], 16)
-            picked = [(source >> (8 * (selector >> 4 * i & 0xF))) & 0xFF for i in range(4)]
-            registers[target] = sum((p << (8 * i) for i, p in enumerate(picked)), np.zeros_like(source))
+        if rest.startswith("{low, high}"):
+            word = value(rest.rpartition(" ")[2])
+            registers["low"], registers["high"] = word & 0xFFFF, word >> 16
+        elif "{" in rest:
+            target, half = rest[: rest.index(",")], rest[rest.index("{") + 1 :].split(",")[0]
+            registers[target] = registers[half] * np.uint32(0x10001)
         else:
-            registers[target] = simple[name](*(value(s) for s in sources)).astype(np.uint32)
-    return np.stack([registers["$0"], registers["$1"]], 1).view("<u2").view(ml_dtypes.bfloat16).reshape(-1)
+            target, *sources = (s.strip() for s in rest.split(","))
+            operands = [value(s) for s in sources]
+            if name == "prmt.b32":
+                operands[2] = int(sources[2], 16)
+            registers[target] = PTX[name](*operands).astype(np.uint32)
+    return np.stack([registers[f"${i}"] for i in range(4)], -1)
 
 
 BYTES = np.arange(256, dtype=np.uint8)
 
 
 def test_assembly_of_scales():
-    found = run_ptx(decoding.SCALES, {"$2": BYTES.view("<u4")}).astype(np.float64)
-    np.testing.assert_array_equal(found, E4M3.values)
+    found = as_bfloat16(run_ptx(decoding.SCALES, {"$4": BYTES.view("<u4")})).reshape(256, 2).astype(np.float64)
+    np.testing.assert_array_equal(found, np.stack([E4M3.values * 2.0**119] * 2, -1))
 
 
-@pytest.mark.parametrize("text", ["LOW", "HIGH"])
-def test_assembly_of_codes(text):
-    """Exactly, for every byte and every scale."""
-    nibbles = BYTES & 0xF if text == "LOW" else BYTES >> 4
+def test_assembly_of_joined_bytes():
+    first, second = BYTES, np.roll(BYTES, 7)
+    words = run_ptx(decoding.JOIN, {"$4": first.view("<u4"), "$5": second.view("<u4")}).reshape(256)
+    np.testing.assert_array_equal(words & 0xFF00FF, first | (second.astype(np.uint32) << 16))
+
+
+@pytest.mark.parametrize("name", ["LOW", "HIGH"])
+def test_codes_times_scales(name):
+    """Exactly, for every pair of bytes, what lies between them, and every scale."""
+    first, second = np.arange(256, dtype=np.uint32), np.roll(np.arange(256, dtype=np.uint32), 77)
+    mask, factor = getattr(decoding, name)
+    words = first | second << 16 | np.uint32(0xA500_5A00)
+    codes = (words & np.uint32(mask)) * np.uint32(factor) & np.uint32(decoding.CODES)
+    nibbles = np.stack([first, second], -1) >> (0 if name == "LOW" else 4) & 0xF
+    values = as_bfloat16(codes).reshape(256, 2).astype(np.float64)
+    np.testing.assert_array_equal(values, E2M1.values[nibbles] * 2.0**-126)
     for scale in E4M3.values[:NAN]:
-        factor = np.full((64, 4), scale * 2.0**119).astype(ml_dtypes.bfloat16).view("<u4")
-        registers = {"$2": BYTES.view("<u4"), "$3": factor[:, 0].copy(), "$4": factor[:, 1].copy()}
-        found = run_ptx(getattr(decoding, text), registers).astype(np.float64)
-        np.testing.assert_array_equal(found, E2M1.values[nibbles] * scale * 2.0**-7)
+        product = E2M1.values[nibbles] * scale * decoding.PRODUCT_FACTOR
+        np.testing.assert_array_equal(product.astype(ml_dtypes.bfloat16).astype(np.float64), product)
 
 
 # On a GPU, or for one.
@@ -208,7 +238,7 @@ def test_on_the_gpu(rows, dtype, last):
 @pytest.mark.parametrize("warps", [1, 2, 4])
 def test_warps_on_the_gpu(warps, last):
     operands, wanted, bound = draw(3, 1024, 512, last=last)
-    tiles = Tiles(columns=64, depth=64, warps=warps, stages=2, programs=64)
+    tiles = Tiles(columns=128, programs=64, warps=warps)
     run = jax.jit(functools.partial(packed_matmul, contraction_last=last, out_dtype=jnp.float32, tiles=tiles))
     assert np.all(np.abs(np.asarray(run(*operands)) - wanted) <= bound)
 

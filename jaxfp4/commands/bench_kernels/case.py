@@ -116,7 +116,7 @@ class Bench:
             ours = jax.block_until_ready(programs.ours(*given * programs.runs)[0])
         except RuntimeError as error:
             return dataclasses.replace(result, error=_line(error))
-        read = _nbytes(given[0]) + (operation.reads - 1) * size.nbytes
+        read = _nbytes(given[0][: len(given[0]) - operation.compared]) + (operation.reads - 1) * size.nbytes
         result = dataclasses.replace(
             result, read=read, written=_nbytes(ours), as_expected=operation.share_as_expected(given[0], ours)
         )

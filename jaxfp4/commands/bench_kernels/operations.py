@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 import jaxfp4
 from jaxfp4.algorithms.encoders import encoder_for
 from jaxfp4.commands.bench_kernels import naive, reference, sizes
 from jaxfp4.commands.bench_kernels.parts import Parts, parts_of
 from jaxfp4.commands.bench_kernels.reference import Rows
+from jaxfp4.kernels.matmul import packed_matmul
 from jaxfp4.recipes.methods import FourOverSix, LocalHessian, Method, Mse, Scales, WeightedMse
 from jaxfp4.tensors import NVFP4Tensor, quantize_unchecked
 from jaxfp4.tensors.hadamard import hadamard
@@ -56,6 +57,9 @@ class Operation:
     """Whether it is for stacks of experts alone (True), for layers alone (False), or for both."""
     everywhere: bool = False
     """Whether it is timed on all sizes by default, not only on one."""
+
+    compared: int = 0
+    """How many of the arguments, at the end, only `naive` reads."""
 
     def takes(self, size: sizes.Size) -> bool:
         """Whether it is defined for a weight of this size."""
@@ -236,6 +240,45 @@ def _dequantize(packed: Array, scales: Array, global_scale: Array, axis: int) ->
     return NVFP4Tensor(packed, scales, global_scale, (axis,), (size,), np.dtype(sizes.DTYPE)).dequantize()
 
 
+def _product(rows: int) -> Operation:
+    """A few rows times a packed weight, beside the product with the bfloat16 weight that it replaces."""
+
+    def prepare(w: Array, seed: int) -> Arguments:
+        packed, scales, global_scale = _codes(-2)(w, seed)
+        x = jax.random.normal(jax.random.key(seed), (rows, w.shape[0]), sizes.DTYPE)
+        return packed, lax.bitcast_convert_type(scales, jnp.uint8), global_scale.reshape(()), x, w
+
+    def ours(packed: Array, scales: Array, global_scale: Array, x: Array, w: Array) -> Array:
+        return lax.platform_dependent(
+            x,
+            packed,
+            scales,
+            global_scale,
+            cuda=functools.partial(packed_matmul, out_dtype=jnp.float32),
+            default=_multiply_dequantized,
+        )
+
+    def plain(packed: Array, scales: Array, global_scale: Array, x: Array, w: Array) -> Array:
+        return jnp.matmul(x, w, preferred_element_type=jnp.float32)
+
+    def expected(arguments: Arguments) -> Rows:
+        packed, scales, scale, x, _ = arguments
+        w = reference.decode(
+            reference.rows_of(packed, -2), reference.rows_of(scales, -2), np.float32(np.asarray(scale))
+        )
+        return {"values": w.astype(np.float64) @ np.asarray(x).astype(np.float64).T}
+
+    return Operation(
+        f"matmul_{rows}", -2, prepare, ours, plain, expected, tolerance=1e-5, stacks=False, everywhere=True, compared=1
+    )
+
+
+def _multiply_dequantized(x: Array, packed: Array, scales: Array, global_scale: Array) -> Array:
+    scales = lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
+    w = NVFP4Tensor(packed, scales, global_scale, (-2,), (2 * packed.shape[0],), np.dtype(np.float32)).dequantize()
+    return jnp.matmul(x.astype(jnp.float32), w, precision="highest")
+
+
 def _along(axis: int, suffix: str) -> tuple[Operation, ...]:
     """The operations that weights of either order need."""
     return (
@@ -347,6 +390,8 @@ OPERATIONS: dict[str, Operation] = {
             wanted=NEARLY,
             stacks=False,
         ),
+        _product(1),
+        _product(16),
     )
 }
 """By name, in the order of the table."""
