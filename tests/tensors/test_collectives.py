@@ -74,10 +74,11 @@ def test_eager_functions(kind):
     w = put(W, mesh("tp4 ep2", kind), P("ep", "tp"))
     layout = layout_of(w)
     amax = global_amax(w)
-    assert collectives(_block_amax_sharded.lower(w, BLOCKS, layout).compile()) == []
+    assert collectives(_block_amax_sharded.lower(w, BLOCKS, False, layout).compile()) == []
     assert collectives(_global_amax_sharded.lower(w, (), layout).compile()) == ["all-reduce"]
-    assert collectives(_fake_quantize_sharded.lower(w, amax, BLOCKS, layout).compile()) == []
-    assert collectives(_quantize_sharded.lower(w, amax, None, BLOCKS, 2688, RoundToNearest(), layout).compile()) == []
+    assert collectives(_fake_quantize_sharded.lower(w, amax, BLOCKS, False, layout).compile()) == []
+    arguments = w, amax, None, BLOCKS, 2688, RoundToNearest(), False, layout
+    assert collectives(_quantize_sharded.lower(*arguments).compile()) == []
 
 
 @BOTH_KINDS
