@@ -48,7 +48,7 @@ def kernel(x, axis, global_scale, *, tuning=WHOLE, interpret):
 
 
 def check_against_plain(x, axis, run, device=None):
-    """`run(x, axis, global_scale)` gives the bytes of plain JAX, by default on the CPU, which rotates the array first."""
+    """`run(x, axis, global_scale)` gives the bytes of plain JAX on a device, by default the CPU."""
     with jax.default_device(device or jax.devices("cpu")[0]):
         x = jnp.asarray(x)
         rotated = hadamard(x.astype(jnp.float32), axis)
@@ -129,7 +129,7 @@ def test_kernels_lower_for_cuda_without_a_gpu(dtype, axis):
 @pytest.mark.parametrize("tuning", [WHOLE, SHARED], ids=["whole", "shared"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_kernels_give_the_bytes_of_the_cpu(kind, tuning, dtype, axis):
-    """But for sums of float32 subnormals, which XLA on a CPU takes for zero: these are those of plain JAX on the GPU."""
+    """But for sums of float32 subnormals, zero for XLA on a CPU: these are as plain JAX on the GPU has them."""
     device = jax.devices()[0]
     assert device.platform == "gpu"
 
