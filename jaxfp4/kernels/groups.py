@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
+from jaxfp4.formats import BLOCK_SIZE
 from jaxfp4.kernels.blocks import BlockEach, Launch, Part, Strided, Values, as_integers, power_of_two
 from jaxfp4.kernels.calls import call
 
@@ -31,7 +32,7 @@ class Groups:
     @property
     def shape(self) -> tuple[int, ...]:
         """That of the array."""
-        return (self.lead, self.repeat, self.groups, 16, self.inner)
+        return (self.lead, self.repeat, self.groups, BLOCK_SIZE, self.inner)
 
 
 Body = Callable[[Values, Sequence[Array], Sequence[Array]], Sequence[Any]]
@@ -82,7 +83,7 @@ def visit_groups(
         outer = lead // (groups.lead // groups.outer)
         scalars = [constants_ref[outer, i] for i in range(constants.shape[1])]
         numbers = [table_ref[lead, group, i] for i in range(table.shape[2])]
-        results = body(access.load(x_ref, groups.shape[3], x.dtype), scalars, numbers)
+        results = body(access.load(x_ref, BLOCK_SIZE, x.dtype), scalars, numbers)
         for ref, result in zip(out_refs, results, strict=True):
             access.store(ref, result)
 
@@ -93,7 +94,7 @@ def visit_groups(
         interpret=interpret,
         grid=(rows * columns if strided else groups.lead * columns * groups.groups,),
         out_shape=[jax.ShapeDtypeStruct(shape(part.entries), part.dtype, manual_axis_type=varying) for part in parts],
-    )(constants, table, as_integers(x, interpret).reshape(shape(groups.shape[3])))
+    )(constants, table, as_integers(x, interpret).reshape(shape(BLOCK_SIZE)))
     lead = groups.shape[:3]
     return [r.reshape(*lead, part.entries, groups.inner) for r, part in zip(results, parts, strict=True)]
 
