@@ -31,6 +31,7 @@ def test_scaling_end_to_end(tmp_path, capsys):
     assert "efficiencies of scaling nothing" in printed and "skipped: this platform does not say" in printed
     assert list(written) == ["environment", "memory", "seconds", "scaling"]
     assert written["environment"]["devices"] == "8" and written["memory"] is None
+    assert [f"scaling on tp={tp} ep={ep}: " in printed for tp, ep in [(1, 1), (2, 1), (1, 2), (2, 2)]] == [1, 1, 1, 0]
     scaling = written["scaling"]
     assert [(mesh["tp"], mesh["ep"]) for mesh in scaling["meshes"]] == [(1, 1), (2, 1), (1, 2)]
     first = scaling["meshes"][0]["timing"]["median"]

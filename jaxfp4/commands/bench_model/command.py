@@ -19,7 +19,7 @@ from jaxfp4.commands.bench_model.calibration import measure_calibration
 from jaxfp4.commands.bench_model.decoders import DecoderSize
 from jaxfp4.commands.bench_model.layers import Layers
 from jaxfp4.commands.bench_model.memory import measure_memory
-from jaxfp4.commands.bench_model.scaling import device_counts, measure_digests, measure_scaling
+from jaxfp4.commands.bench_model.scaling import MeshTiming, device_counts, measure_digests, measure_scaling
 from jaxfp4.commands.errors import CommandError
 from jaxfp4.commands.output_files import check_output, write_json
 
@@ -120,7 +120,11 @@ def _calibration(console: Console, size: Size, devices: int) -> dict[str, Any]:
 
 
 def _scaling(console: Console, size: Size, devices: int) -> dict[str, Any]:
-    result = measure_scaling(size.layers, devices, size.samples)
+    def say(mesh: MeshTiming) -> None:
+        seconds = f"{mesh.timing.median:.4f} s, the first call {mesh.compile_seconds:.1f} s"
+        console.print(f"scaling on tp={mesh.tp} ep={mesh.ep}: {seconds}")
+
+    result = measure_scaling(size.layers, devices, size.samples, say)
     held = result.layers.bytes_per_device / 1e6
     console.print(
         f"weak scaling: quantize_params of {result.layers.weights} bfloat16 weights, {held:,.1f} MB on each device "

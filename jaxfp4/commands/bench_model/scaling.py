@@ -88,10 +88,18 @@ def mesh_of(tp: int, ep: int, devices: Sequence[jax.Device]) -> Mesh:
     return jax.make_mesh((tp, ep), ("tp", "ep"), axis_types=auto, devices=devices[: tp * ep])
 
 
-def measure_scaling(layers: Layers, devices: int, samples: int) -> ScalingResult:
-    """Times `quantize_params` on the meshes of 1, 2, 4, ... devices, compiled and with parameters that are there."""
-    sizes = [size for count in device_counts(devices) for size in mesh_sizes(count)]
-    return ScalingResult(layers, tuple(_measured(layers, tp, ep, samples) for tp, ep in sizes))
+def measure_scaling(
+    layers: Layers, devices: int, samples: int, measured: Callable[[MeshTiming], None]
+) -> ScalingResult:
+    """Times `quantize_params` on the meshes of 1, 2, 4, ... devices, compiled and with parameters that are there.
+
+    `measured` is called with each as it is done: compiling for a mesh can take minutes.
+    """
+    meshes = []
+    for tp, ep in [size for count in device_counts(devices) for size in mesh_sizes(count)]:
+        meshes.append(_measured(layers, tp, ep, samples))
+        measured(meshes[-1])
+    return ScalingResult(layers, tuple(meshes))
 
 
 def _measured(layers: Layers, tp: int, ep: int, samples: int) -> MeshTiming:
