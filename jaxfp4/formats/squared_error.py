@@ -11,7 +11,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxfp4.formats import exact
 from jaxfp4.formats.minifloat import E2M1
@@ -23,7 +23,9 @@ LOW_BITS = 13
 _HIGH_PART = 2.0**10
 _WEIGHTED = 2.0**19
 _TO_INTEGER = 1.5 * 2.0**23
-"""Added to a float32 below 2^22, it leaves an integer, ties to even."""
+"""Added to a float32 below 2^22 it leaves an integer, ties to even, in the last bits."""
+_INTEGER_BITS = 0x4B400000
+"""That constant's bits. Subtracting it as a float would not do: XLA on a CPU removes the pair in jax 0.10."""
 _TINY = 1 << 8
 
 
@@ -105,4 +107,5 @@ def low_term(term: Array) -> Array:
 
 
 def _whole(error: Array) -> Array:
-    return ((error * _HIGH_PART + _TO_INTEGER) - _TO_INTEGER).astype(jnp.int32)
+    bits = lax.bitcast_convert_type(error * _HIGH_PART + _TO_INTEGER, jnp.int32)
+    return bits - _INTEGER_BITS
