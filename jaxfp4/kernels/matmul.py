@@ -7,7 +7,12 @@ them to the very registers in which the tensor cores want them. A warp's 32 thre
 parts of the contraction. An E2M1 code `s eem` whose bits lie in a bfloat16 at 15 and at 8 to 6 is 2^-126 times its
 value, subnormals included; times 2^119 times the E4M3 scale, one instruction for two, it is `e2m1 * scale * 2^-7`: at
 most 6 significant bits, hence exact. The tensor cores sum products of these and `x` in float32, the global scale
-multiplies the sum. The bound is not reached: 1.4 to 1.7 TB/s are read, and the SASS does not tell why.
+multiplies the sum.
+
+The bound is not reached. Of 25.5 us for 16 rows by 8192 by 8192 on an H100, whose memory needs 12.6 us, this kernel
+takes 21.5 to 22.5 us, the sum of its parts 2.1 us, the gaps between kernels the rest. The same loads without anything
+else take 15.4 to 18.5 us, without the decoding it is 21 us; integer pipes are a third busy. Twice the warps, or tiles
+that wait in registers in place of shared memory, two ahead, end within 5 % of that.
 """
 
 from __future__ import annotations

@@ -14,7 +14,9 @@ def errors(largest):
     generator = np.random.default_rng(0)
     random = generator.uniform(-largest, largest, 20_000)
     halves = (np.arange(-2000, 2000) + 0.5) / 1024
-    return np.concatenate([random, random * 1e-3, halves, [0.0, largest, -largest, 2.0**-11, 2.0**-30]]).astype(np.float32)
+    return np.concatenate([random, random * 1e-3, halves, [0.0, largest, -largest, 2.0**-11, 2.0**-30]]).astype(
+        np.float32
+    )
 
 
 def both(high, low, values):
