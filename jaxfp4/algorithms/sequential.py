@@ -23,7 +23,7 @@ from jaxfp4.tensors import NVFP4Tensor, QuantizedTensor, QuantizedWeight
 from jaxfp4.tensors.mesh import replicated_beside
 from jaxfp4.transform.evaluate import evaluate
 from jaxfp4.transform.scope import Hooks
-from jaxfp4.transform.sites import Meeting, Tracked
+from jaxfp4.transform.sites import OBSERVED, Meeting, Tracked
 from jaxfp4.transform.trace import ApplyFn, Leaves, trace
 
 Index = tuple[int, ...]
@@ -71,10 +71,10 @@ def quantize_sequentially(
 
     Statistics of a block are taken with all blocks before it as they are once quantized, activations of W4A4 weights
     included, as GPTQ (arXiv 2210.17323) takes them: they are of the activations that the weights will meet. What
-    earlier blocks did wrong is not made good. Memory holds the statistics of one block at a time (those of all layers,
-    if they are stacked for a scan). The batches are gone through once for each block: one jitted pass per block,
-    compiled once for stacked layers, that computes the model as far as the block. Channel scales are chosen and folded
-    before, on the model as it is; a key-value cache is calibrated but not simulated.
+    earlier blocks did wrong is not made good. Memory holds the statistics of one block at a time, one layer's if they
+    are stacked for a scan. The batches are gone through once for each block: one jitted pass per block, compiled once
+    for stacked layers, that computes the model as far as the block. Channel scales are chosen and folded before, on the
+    model as it is; a key-value cache is calibrated but not simulated.
 
     `batches` is kept as a list. Digests differ from those of `quantize_params` wherever statistics decide.
 
@@ -137,7 +137,7 @@ Observe = Callable[..., Stats]
 
 
 def _observer(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observe:
-    """A jitted `(paths, other leaves, values, scales, stats, *args) -> stats` for the weights at `paths`."""
+    """`(state, observed, stats, batch) -> stats`, jitted. `observed` flags the layers of stacked weights by path."""
     by_leaf = {e.weight.leaf: e for e in plan.quantized}
     others = [None if i in by_leaf else value for i, value in enumerate(leaves.values)]
 
@@ -160,13 +160,15 @@ def _observer(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observe:
         others: list[Any],
         values: Mapping[str, Array],
         scales: Mapping[str, Mapping[str, Array]],
+        observed: Mapping[str, Array],
         stats: Stats,
         *args: Any,
     ) -> Stats:
         inputs: list[Any] = list(others)
         for leaf, entry in by_leaf.items():
-            tracked = tracked_weight(entry, values[entry.path])
-            inputs[leaf] = dataclasses.replace(tracked, scales=scales.get(entry.path, {}))
+            tracked, path = tracked_weight(entry, values[entry.path]), entry.path
+            flags = {OBSERVED: observed[path]} if path in observed else {}
+            inputs[leaf] = dataclasses.replace(tracked, scales={**scales.get(path, {}), **flags})
         plain = tuple(value.value if isinstance(value, Tracked) else value for value in inputs)
         traced = trace(apply_fn, dataclasses.replace(leaves, values=plain), args)
         hooks = Hooks(
@@ -178,9 +180,9 @@ def _observer(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observe:
         found = {path: seen.get(plan.by_path[path].weight.leaf, stats[path]) for path in paths}
         return {path: plan.statistics[path].merge(stats[path], found[path]) for path in paths}
 
-    def of_batch(paths: tuple[str, ...], state: _State, stats: Stats, batch: Any) -> Stats:
+    def of_batch(state: _State, observed: Mapping[str, Array], stats: Stats, batch: Any) -> Stats:
         args = batch if isinstance(batch, tuple) else (batch,)
-        result: Stats = observe(paths, others, state.values, state.scales, stats, *args)
+        result: Stats = observe(tuple(sorted(stats)), others, state.values, state.scales, observed, stats, *args)
         return result
 
     return of_batch
@@ -188,20 +190,18 @@ def _observer(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observe:
 
 def _collected(plan: Plan, block: Block, observe: Observe, state: _State, batches: list[Any]) -> Stats:
     """The statistics of a block's weights over all batches, of its own layer only."""
-    paths = tuple(path for path in block.paths if path in plan.statistics)
-    initial = plan.init_stats()
-    stats = replicated_beside({path: initial[path] for path in paths}, state.values)
-    for batch in batches if paths else ():
-        stats = observe(paths, state, stats, batch)
+    weights = {path: plan.by_path[path].weight for path in block.paths if path in plan.statistics}
+    initial, observed = {}, {}
+    for path, weight in weights.items():
+        kept = tuple(a for a in weight.stack_axes if a not in weight.layer_axes)
+        initial[path] = plan.statistics[path].init(weight.sizes(kept))
+        if block.index:
+            observed[path] = jnp.zeros(weight.sizes(weight.layer_axes)).at[block.index].set(1)
+    stats: Stats = replicated_beside(initial, state.values)
+    for batch in batches if weights else ():
+        stats = observe(state, observed, stats, batch)
     refuse_non_finite(stats)
-    return {path: _of_layer(plan.by_path[path], stats[path], block.index) for path in paths}
-
-
-def _of_layer(entry: PlannedWeight, states: Mapping[str, Any], index: Index) -> dict[str, Any]:
-    """A weight's statistics for one of its layers: stacks begin with the stack axes in their order."""
-    places = dict(zip(entry.weight.layer_axes, index, strict=True))
-    picked = tuple(places.get(a, slice(None)) for a in entry.weight.stack_axes)
-    return jax.tree.map(lambda state: state[picked], dict(states))
+    return stats
 
 
 def _part(plan: Plan, block: Block) -> Plan:

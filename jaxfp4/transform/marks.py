@@ -13,7 +13,7 @@ from jaxfp4.tensors.mesh import AxisNames, amax_over_mesh, varying_everywhere
 from jaxfp4.transform import jaxprs
 from jaxfp4.transform.analysis import Findings, analyze
 from jaxfp4.transform.jaxprs import EqnPath
-from jaxfp4.transform.sites import Tracked
+from jaxfp4.transform.sites import Tracked, observe_layer
 from jaxfp4.transform.statistics import AbsoluteMaximum, Places, Sample, State, Statistic
 
 
@@ -102,9 +102,13 @@ def observe_mark(statistic: Statistic, mark: Mark, weight: Tracked, value: Array
 
     It is entered for the layer that the weight was taken from, or for all layers of a stack that made it together.
     """
-    axes = sorted(weight.stack)
-    state = jax.tree.map(varying_everywhere, statistic.init([weight.stack[a] for a in axes]))
-    starts = [weight.view.starts.get(axis, slice(None)) for axis in axes]
     amax = AbsoluteMaximum().observe(Sample(value))
-    part = state[mark.part]
-    return {**state, mark.part: part.at[tuple(starts)].max(amax) if axes else jnp.maximum(part, amax)}
+
+    def entered(weight: Tracked) -> State:
+        axes = sorted(weight.stack)
+        state = jax.tree.map(varying_everywhere, statistic.init([weight.stack[a] for a in axes]))
+        starts = [weight.view.starts.get(axis, slice(None)) for axis in axes]
+        part = state[mark.part]
+        return {**state, mark.part: part.at[tuple(starts)].max(amax) if axes else jnp.maximum(part, amax)}
+
+    return observe_layer(weight, statistic, entered)

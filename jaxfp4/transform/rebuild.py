@@ -37,7 +37,10 @@ def remat(scope: Scope, eqn: JaxprEqn, operands: list[Value]) -> Sequence[Value]
 
 
 def scan(scope: Scope, eqn: JaxprEqn, operands: list[Value]) -> Sequence[Value]:
-    """`lax.scan` around the evaluated body. Statistics of weights scanned over come out stacked, others are carried."""
+    """`lax.scan` around the evaluated body. Statistics of weights scanned over come out stacked, others are carried.
+
+    So are those of one layer where only that is observed.
+    """
     parts, body = jaxprs.scan_parts(eqn), jaxprs.body_of(eqn.params["jaxpr"])
     consts = operands[: parts.consts]
     carry = [as_array(v) for v in operands[parts.consts : parts.consts + parts.carry]]
@@ -48,6 +51,7 @@ def scan(scope: Scope, eqn: JaxprEqn, operands: list[Value]) -> Sequence[Value]:
         v.view.leaf: v.view.scanned[-1]
         for v, before in zip(xs, outer, strict=True)
         if isinstance(v, Tracked) and isinstance(before, Tracked) and v.view.scanned != before.view.scanned
+        if v.view.scanned[-1] in before.observed_stack
     }
     neutral = _neutral(scope, body, [*consts, *carry, *xs], without=scanned_axis)
 
@@ -66,7 +70,7 @@ def scan(scope: Scope, eqn: JaxprEqn, operands: list[Value]) -> Sequence[Value]:
         unroll=eqn.params["unroll"],
     )
     scope.absorb(seen)
-    stacks = {v.view.leaf: sorted(v.stack) for v in outer if isinstance(v, Tracked)}
+    stacks = {v.view.leaf: sorted(v.observed_stack) for v in outer if isinstance(v, Tracked)}
     for leaf, observed in stacked.items():
         place = stacks[leaf].index(scanned_axis[leaf])
         scope.absorb({leaf: jax.tree.map(functools.partial(jnp.moveaxis, source=0, destination=place), observed)})
@@ -125,7 +129,7 @@ def shard_map(scope: Scope, eqn: JaxprEqn, operands: list[Value]) -> Sequence[Va
         for v, spec in zip(local, params["in_specs"], strict=True)
     ]
     splits = {
-        v.view.leaf: _stack_spec(v, spec)
+        v.view.leaf: _stack_spec(v, v.observed_stack, spec)
         for v, spec in zip(local, params["in_specs"], strict=True)
         if isinstance(v, Tracked)
     }
@@ -162,7 +166,7 @@ def _neutral(scope: Scope, body: jaxprs.Body, values: Sequence[Value], without: 
     """Neutral statistics of the weights that a body contracts and that are observed."""
     statistics = scope.hooks.statistics
     leaves = contracted_in_body(body, [v.view if isinstance(v, Tracked) else None for v in values])
-    stacks = {v.view.leaf: v.stack for v in values if isinstance(v, Tracked)}
+    stacks = {v.view.leaf: v.observed_stack for v in values if isinstance(v, Tracked)}
     wanted = sorted((leaves & set(statistics)) - set(without))
     neutral = {k: statistics[k].init([stacks[k][a] for a in sorted(stacks[k])]) for k in wanted}
     return jax.tree.map(varying_everywhere, neutral)
@@ -230,12 +234,12 @@ def _localized(value: Value, shape: tuple[int, ...], spec: PartitionSpec) -> Val
     sizes = {f.axis: f.size for d in view.dimensions for f in d if len(d) == 1}
     stack = {a: sizes.get(a, n) for a, n in value.stack.items()}
     local = dataclasses.replace(value, value=value.array(), view=view, stack=stack)
-    return dataclasses.replace(local, split=(*value.split, *_axis_names(_stack_spec(local, spec))))
+    return dataclasses.replace(local, split=(*value.split, *_axis_names(_stack_spec(local, local.stack, spec))))
 
 
-def _stack_spec(value: Tracked, spec: PartitionSpec) -> PartitionSpec:
-    """How a statistic of the weight is split: along each stack axis as the dimension that holds it."""
-    entries: dict[int, Any] = dict.fromkeys(value.stack)
+def _stack_spec(value: Tracked, stack: Iterable[int], spec: PartitionSpec) -> PartitionSpec:
+    """How a statistic of the weight is split: along each of these stack axes as the dimension that holds it."""
+    entries: dict[int, Any] = dict.fromkeys(stack)
     for dimension, entry in zip(value.view.dimensions, spec, strict=False):
         for factor in dimension:
             if factor.axis in entries:

@@ -21,6 +21,9 @@ from jaxfp4.transform.contractions import Contraction
 from jaxfp4.transform.statistics import Places, Sample, State, Statistic
 from jaxfp4.transform.views import View, contraction_order
 
+OBSERVED = "observed"
+"""Among the scales of a weight, 1 for the one layer whose activations are observed and 0 for the others."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tracked:
@@ -28,6 +31,7 @@ class Tracked:
 
     `stack` holds the sizes, in this scope, of the parameter axes along which weights are stacked, but for scanned ones.
     `scales` are arrays that go with the weight; their leading axes are `layer_axes`, as far as not scanned.
+    With `OBSERVED` among them statistics are those of one layer and have no layer axes.
     """
 
     value: Array | QuantizedTensor
@@ -38,6 +42,13 @@ class Tracked:
     rotation: int = 0
     split: AxisNames = ()
     """In a shard_map, the mesh axes that split the stack."""
+
+    @property
+    def observed_stack(self) -> Mapping[int, int]:
+        """The part of `stack` along which statistics are kept apart."""
+        if OBSERVED not in self.scales:
+            return self.stack
+        return {a: n for a, n in self.stack.items() if a not in self.layer_axes}
 
     def array(self) -> Array:
         """The weight's values."""
@@ -85,6 +96,13 @@ class Meeting:
 
     def observe(self, statistic: Statistic) -> State:
         """The statistic of the activation for each weight of the stack; neutral for those that it did not meet."""
+
+        def of_stack(weight: Tracked) -> State:
+            return dataclasses.replace(self, weight=weight)._of_stack(statistic)
+
+        return observe_layer(self.weight, statistic, of_stack)
+
+    def _of_stack(self, statistic: Statistic) -> State:
         stack = [self.weight.stack[a] for a in sorted(self.weight.stack)]
         neutral = jax.tree.map(varying_everywhere, statistic.init(stack))
         seen = self._observed(statistic, neutral)
@@ -170,6 +188,32 @@ class Meeting:
         entries = jnp.searchsorted(ends, jnp.arange(length), side="right")
         # Rows behind the last group meet no weight: a position far outside drops them.
         return jnp.where(entries < groups, entries, jnp.iinfo(jnp.int32).max // 2)
+
+
+def observe_layer(weight: Tracked, statistic: Statistic, observe: Callable[[Tracked], State]) -> State:
+    """`observe(weight)`, the state over its stack; of the observed layer alone, neutral in others, if one is chosen.
+
+    Others are not computed where the layer is known, as it is in a scan over layers.
+    """
+    flags = weight.scales.get(OBSERVED)
+    if flags is None:
+        return observe(weight)
+    starts = [weight.view.starts.get(axis) for axis in weight.layer_axes]
+    rest = weight.observed_stack
+
+    def picked(state: State) -> State:
+        place = dict(zip(weight.layer_axes, jnp.unravel_index(jnp.argmax(flags), flags.shape), strict=True))
+        return jax.tree.map(lambda s: s[tuple(place.get(a, slice(None)) for a in sorted(weight.stack))], state)
+
+    def observed() -> State:
+        if is_alone:
+            return observe(dataclasses.replace(weight, stack=rest))
+        return picked(observe(weight))
+
+    is_alone = all(start is not None and np.ndim(start) == 0 for start in starts)
+    chosen = flags[tuple(starts)] if is_alone else jnp.max(flags)
+    neutral = jax.tree.map(varying_everywhere, statistic.init([rest[a] for a in sorted(rest)]))
+    return lax.cond(chosen > 0, observed, lambda: neutral)
 
 
 def along(x: Array, dimensions: Sequence[int], function: Callable[[Array, tuple[int, ...]], Array]) -> Array:
