@@ -9,12 +9,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxfp4.formats import exact, nvfp4
-from jaxfp4.formats.minifloat import E4M3
+from jaxfp4.formats.scale_codes import LARGEST_CODE
 from jaxfp4.formats.squared_error import Error, Grid, high_part, high_square, high_term, less, low_square, low_term
 from jaxfp4.tensors.mesh import varying_as
-
-LARGEST_CODE = E4M3.sign_mask - 2
-"""The code of 448."""
 
 
 @dataclasses.dataclass(frozen=True)

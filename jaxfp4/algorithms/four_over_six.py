@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from jaxfp4.algorithms.block_error import LARGEST_CODE, Blocks
+from jaxfp4.algorithms.block_error import Blocks
 from jaxfp4.formats import exact, nvfp4
+from jaxfp4.formats.scale_codes import LARGEST_CODE
 from jaxfp4.formats.squared_error import less
 
 

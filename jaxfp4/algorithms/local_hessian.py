@@ -8,17 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxfp4.algorithms.block_error import LARGEST_CODE, Blocks
+from jaxfp4.algorithms.block_error import Blocks
 from jaxfp4.formats import BLOCK_SIZE, exact
 from jaxfp4.formats.minifloat import E2M1
+from jaxfp4.formats.scale_codes import ALL_ZERO, LARGEST_CODE, LOST, OCTAVE
 from jaxfp4.formats.squared_error import Grid
 from jaxfp4.tensors.mesh import varying_as
 
 DAMPING = 0.01
-OCTAVE = 8
-"""E4M3 codes from a scale to its double."""
-ALL_ZERO = 38
-"""E4M3 codes from the scale that puts a block's largest value at 6 to one that puts it below 1/4."""
 _SAFETY = 0.9
 """Bounds are less than they might be by more than the rounding of what they are compared with."""
 
@@ -68,7 +65,7 @@ def local_hessian_scales(blocks: Array, global_scale: Array, axis: int, hessian:
 
     def lost(code: Array) -> Array:
         magnitudes = prepared.magnitudes
-        small = jnp.where(magnitudes < prepared.scale(code) * _LOST, magnitudes, 0)
+        small = jnp.where(magnitudes < prepared.scale(code) * LOST, magnitudes, 0)
         return jnp.sum(together * (small * small), axis, keepdims=True)
 
     calibrated = prepared.code.astype(jnp.int32)
@@ -80,10 +77,6 @@ def local_hessian_scales(blocks: Array, global_scale: Array, axis: int, hessian:
     for sign, bound in ((-1, clipped), (1, lost)):
         best = _walk(~prepared.settled, first + (sign > 0), highest, sign, evaluate, bound, best)
     return prepared.stored(best[0])
-
-
-_LOST = E2M1.smallest / 2 * 0.999
-"""Of a scale: what is below rounds to zero."""
 
 
 def _walk(

@@ -6,11 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxfp4.algorithms.block_error import Blocks, normalized, search
-
-OCTAVE = 8
-"""E4M3 codes from a normal scale to its double."""
-WITHOUT_HALF = 15
-"""The largest code whose scale has no half among the codes."""
+from jaxfp4.formats.scale_codes import OCTAVE, WITHOUT_HALF
 
 
 def mse_scales(blocks: Array, global_scale: Array, axis: int, importance: Array | None = None) -> Array:

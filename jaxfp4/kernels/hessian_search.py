@@ -13,17 +13,15 @@ from jax import Array, lax
 
 from jaxfp4.formats import BLOCK_SIZE, exact
 from jaxfp4.formats.minifloat import E2M1
+from jaxfp4.formats.scale_codes import ALL_ZERO, LARGEST_CODE, LOST, OCTAVE
 from jaxfp4.formats.squared_error import Grid
 from jaxfp4.kernels.blocks import Launch, Values
 from jaxfp4.kernels.quantize import Context, Tuning
 from jaxfp4.kernels.rounding import Scales
-from jaxfp4.kernels.search import LARGEST_CODE, OCTAVE, Block, prepared_block
+from jaxfp4.kernels.search import Block, prepared_block
 
 TUNING = Tuning(minor=Launch(32, 1), strided=Launch(32, 1))
-ALL_ZERO = 38
-"""As `jaxfp4.algorithms.local_hessian.ALL_ZERO`."""
 _TRIANGLE = BLOCK_SIZE * (BLOCK_SIZE + 1) // 2
-_LOST = E2M1.smallest / 2 * 0.999
 _UPWARDS = E2M1.magnitudes.tolist().index(3.0)
 """The largest code of values under more than twice the scale of max calibration."""
 _SIGN = 1 << 31
@@ -104,7 +102,7 @@ class _Search(NamedTuple):
 
     def lost(self, scale: Array) -> Array:
         """The least error if what is too small rounds to zero."""
-        limit = scale * _LOST
+        limit = scale * LOST
         lost = [jnp.where(m < limit, m, 0.0) for m in self.magnitudes]
         together = self.context.table[_TRIANGLE + BLOCK_SIZE :]
         return _sum([(c * d) * d for c, d in zip(together, lost, strict=True)])

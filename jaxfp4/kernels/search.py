@@ -14,16 +14,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxfp4.formats import exact, fp8
-from jaxfp4.formats.minifloat import E2M1, E4M3
+from jaxfp4.formats.minifloat import E2M1
+from jaxfp4.formats.scale_codes import LARGEST_CODE, OCTAVE, WITHOUT_HALF
 from jaxfp4.formats.squared_error import Error, Grid, high_square, high_term, less, low_square, low_term
 from jaxfp4.kernels.blocks import Launch, Values
 from jaxfp4.kernels.quantize import MAGNITUDE, Context, Tuning, amax_bits
 from jaxfp4.kernels.rounding import Scales
 
 TUNING = Tuning(minor=Launch(16, 1), strided=Launch(32, 1))
-LARGEST_CODE = E4M3.sign_mask - 2
-OCTAVE = 8
-WITHOUT_HALF = 15
 _SMALLEST_NORMAL = 0x00800000
 _AT_ONCE = 2
 """Codes that are tried between two looks at whether more can win."""
