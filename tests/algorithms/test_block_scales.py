@@ -118,6 +118,26 @@ IMPORTANCE = {
 }
 
 
+NEAR_TIES = """
+    bf97 3d82 c039 3fbf bfca 3ee6 3fb8 3ebb 3daa bee1 bf25 bf8d bfde 3f90 be45 3e12
+    bfbb bde6 bf8d bfb4 bf84 becc 3e4e c039 3eb0 be08 3f3b 3dd3 bf5a bf1f bf5a bf84
+    bf19 3f7c 3fb8 bec0 bf9c 3e77 3f5e 3f90 3dd3 bf53 be8b c039 3f34 3f5e 3fb1 3ef2
+    bf80 3fb1 3daa bf61 bea0 c015 3f22 3f9f 400d 3f04 bf07 3ed1 bfde bf07 3f82 3fc6"""
+"""Bits of bfloat16 blocks, out of 2^26 of N(0, 1), whose best two errors differ by less than float32 resolves."""
+
+
+def test_near_ties():
+    """XLA in jax 0.10 on a CPU once took the rounding out of the integer errors, and the lower codes won here."""
+    bits = np.frombuffer(bytes.fromhex(NEAR_TIES), ">u2").reshape(4, 16).astype(np.uint32)
+    blocks, scale = (bits << 16).view(np.float32), np.float32(float.fromhex("0x1.ed5556p-10"))
+    expected, total = full_sweep(blocks, scale)
+    assert expected.tolist() == [124, 124, 124, 121]
+    least = np.sort(total, 0)
+    assert np.all(least[1] < least[0] * (1 + 2.0**-24))
+    np.testing.assert_array_equal(np.ravel(MSE(blocks, scale, 1)), expected)
+    np.testing.assert_array_equal(np.ravel(FOUR_OVER_SIX(blocks, scale, 1))[:3], expected[:3])
+
+
 @pytest.mark.parametrize("name", ["normal", "uniform", "heavy tails", "zero and tiny blocks", "bfloat16 ties"])
 @pytest.mark.parametrize("kind", IMPORTANCE)
 def test_weighted_mse_is_the_full_sweep(name, kind):
