@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from jaxfp4.formats import BLOCK_SIZE, exact
 from jaxfp4.tensors.blocks import Blocking, normalize_axes
+from jaxfp4.tensors.mesh import Layout, merge_dimensions, place, typed_layout, whole_along
 
 
 def hadamard(x: Array, axis: int | Sequence[int] = -1, size: int = 16) -> Array:
@@ -29,6 +30,9 @@ def hadamard(x: Array, axis: int | Sequence[int] = -1, size: int = 16) -> Array:
     """
     axes = normalize_axes(axis, x.ndim)
     _refuse_cut_groups(x, axes, size)
+    layout = typed_layout(x)
+    if layout is not None and _cuts_groups(layout, x.shape, axes, size):
+        return place(_hadamard(whole_along(x, axes), axes, size), layout)
     return _hadamard(x, axes, size)
 
 
@@ -53,6 +57,14 @@ def _refuse_cut_groups(x: Array, axes: tuple[int, ...], size: int) -> None:
         raise ValueError(
             f"hadamard: size={size} for a contraction of {length}: wanted a power of two from 2 on that divides it"
         )
+
+
+def _cuts_groups(layout: Layout, shape: tuple[int, ...], axes: tuple[int, ...], size: int) -> bool:
+    """Whether devices hold parts of groups, or groups cross an axis that is split."""
+    last = axes[-1]
+    if shape[last] % size:
+        return any(layout.names[a] for a in axes)
+    return shape[last] % (layout.shards(last) * size) != 0
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -89,8 +101,9 @@ def _rotated(x: Array, axes: tuple[int, ...], size: int) -> Array:
     others = [a for a in range(x.ndim) if a not in axes]
     order = [*others, *axes]
     moved = jnp.transpose(x, order)
-    groups = moved.reshape(*moved.shape[: len(others)], -1, size)
-    rotated = _rotated_groups(groups, groups.ndim - 1).reshape(moved.shape)
+    merged = merge_dimensions(moved, [*(1 for _ in others), len(axes)])
+    groups = merged.reshape(*merged.shape[:-1], -1, size)
+    rotated = _rotated_groups(groups, groups.ndim - 1).reshape(merged.shape).reshape(moved.shape)
     return jnp.transpose(rotated, [order.index(a) for a in range(x.ndim)])
 
 
@@ -100,7 +113,9 @@ def _rotated_groups(groups: Array, axis: int) -> Array:
     half, stages = size // 2, 0
     while half:
         pairs = groups.reshape(*groups.shape[:axis], size // (2 * half), 2, half, *groups.shape[axis + 1 :])
-        is_lower = lax.broadcasted_iota(jnp.int32, pairs.shape, axis + 1) == 1
+        layout = typed_layout(pairs)
+        sharding = None if layout is None else layout.sharding
+        is_lower = lax.broadcasted_iota(jnp.int32, pairs.shape, axis + 1, out_sharding=sharding) == 1
         pairs = lax.rev(pairs, [axis + 1]) + jnp.where(is_lower, -pairs, pairs)
         groups = pairs.reshape(groups.shape)
         half, stages = half // 2, stages + 1

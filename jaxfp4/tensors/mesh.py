@@ -106,6 +106,36 @@ def layout_of(x: Array) -> Layout | None:
     return _layout(sharding, x.ndim)
 
 
+def typed_layout(x: Array) -> Layout | None:
+    """The layout that is part of an array's type, as on Explicit axes; None where the compiler places results."""
+    layout = layout_of(x)
+    if layout is None or not all(kind == AxisType.Explicit for kind in layout.mesh.axis_types):
+        return None
+    return layout
+
+
+def merge_dimensions(x: Array, runs: Sequence[int]) -> Array:
+    """`x` reshaped so that runs of so many successive dimensions are one each, size 1 for a run of none.
+
+    On Explicit axes a merged dimension is split as the first of its run was, and data moves if others were split.
+    """
+    starts = [sum(runs[:i]) for i in range(len(runs))]
+    shape = tuple(math.prod(x.shape[start : start + n]) for start, n in zip(starts, runs, strict=True))
+    layout = typed_layout(x)
+    if layout is None:
+        return x.reshape(shape)
+    names = tuple(layout.names[start] if n else () for start, n in zip(starts, runs, strict=True))
+    return lax.reshape(x, shape, out_sharding=Layout(layout.mesh, names).sharding)
+
+
+def whole_along(x: Array, dimensions: Sequence[int]) -> Array:
+    """On Explicit axes `x` with these dimensions whole on each device; elsewhere `x`."""
+    layout = typed_layout(x)
+    if layout is None or not any(layout.names[d] for d in dimensions):
+        return x
+    return place(x, layout.restricted([d for d in range(x.ndim) if d not in dimensions]))
+
+
 def _layout(sharding: NamedSharding, ndim: int) -> Layout:
     entries = tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
     return Layout(sharding.mesh, tuple(_names(entry) for entry in entries), len(sharding.spec))

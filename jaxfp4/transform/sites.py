@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from jaxfp4.tensors import QuantizedTensor
 from jaxfp4.tensors.hadamard import hadamard
-from jaxfp4.tensors.mesh import AxisNames, varying_axes, varying_everywhere
+from jaxfp4.tensors.mesh import AxisNames, replicated, varying_axes, varying_everywhere
 from jaxfp4.transform.contractions import Contraction
 from jaxfp4.transform.statistics import Places, Sample, State, Statistic
 from jaxfp4.transform.views import View, contraction_order
@@ -125,7 +125,8 @@ class Meeting:
         contracted = self.activation_dimensions
         activation = self.rotated(self.activation)
         if not self.weight.stack:
-            return statistic.merge(state, statistic.observe(Sample(activation, (), contracted)))
+            observed = jax.tree.map(replicated, statistic.observe(Sample(activation, (), contracted)))
+            return statistic.merge(state, observed)
         kept = self._kept_dimensions()
         shared = self._shared_axes()
         rank = len(kept) + len(shared)

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxfp4.formats import BLOCK_SIZE, exact
-from jaxfp4.tensors.mesh import AxisNames, amax_over_mesh, replicated, sum_over_mesh
+from jaxfp4.tensors.mesh import (
+    AxisNames,
+    amax_over_mesh,
+    merge_dimensions,
+    replicated,
+    sum_over_mesh,
+    typed_layout,
+    whole_along,
+)
 
 State = Any
 
@@ -36,9 +44,7 @@ class Sample:
         """The activation as `[*kept, rows, channels]`, in its own dtype."""
         rest = [d for d in range(self.activation.ndim) if d not in (*self.kept, *self.contracted)]
         moved = jnp.transpose(self.activation, [*self.kept, *rest, *self.contracted])
-        kept = moved.shape[: len(self.kept)]
-        channels = math.prod(self.activation.shape[d] for d in self.contracted)
-        return moved.reshape(*kept, math.prod(self.activation.shape[d] for d in rest), channels)
+        return merge_dimensions(moved, [*(1 for _ in self.kept), len(rest), len(self.contracted)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +235,7 @@ class SecondMoments:
         if self.form is MomentForm.FULL:
             return _gram(rows)
         padding = -self.channels % BLOCK_SIZE
+        rows = whole_along(rows, [rows.ndim - 1])
         rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, padding)])
         blocks = rows.reshape(*rows.shape[:-1], -1, BLOCK_SIZE)
         products = _gram(jnp.moveaxis(blocks, -2, -3))
@@ -272,8 +279,15 @@ class Statistics:
 
 def _gram(rows: Array) -> Array:
     """`x^T x` over the last but one dimension, in float32; products of bfloat16 values are exact in it."""
+    layout = typed_layout(rows)
     return jnp.einsum(
-        "...rk,...rl->...kl", rows, rows, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        "...rk,...rl->...kl",
+        rows,
+        rows,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+        # Whole along channels, of which one mesh axis could not split both.
+        out_sharding=None if layout is None else layout.restricted(range(rows.ndim - 2)).sharding,
     )
 
 
