@@ -137,7 +137,7 @@ Observe = Callable[..., Stats]
 
 
 def _observer(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observe:
-    """`(state, observed, stats, batch) -> stats`, jitted. `observed` flags the layers of stacked weights by path."""
+    """`(state, flags, stats, batch) -> stats`, jitted; `flags` are scales of the weights that are observed."""
     by_leaf = {e.weight.leaf: e for e in plan.quantized}
     others = [None if i in by_leaf else value for i, value in enumerate(leaves.values)]
 
@@ -160,15 +160,15 @@ def _observer(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observe:
         others: list[Any],
         values: Mapping[str, Array],
         scales: Mapping[str, Mapping[str, Array]],
-        observed: Mapping[str, Array],
+        flags: Mapping[str, Array],
         stats: Stats,
         *args: Any,
     ) -> Stats:
         inputs: list[Any] = list(others)
         for leaf, entry in by_leaf.items():
             tracked, path = tracked_weight(entry, values[entry.path]), entry.path
-            flags = {OBSERVED: observed[path]} if path in observed else {}
-            inputs[leaf] = dataclasses.replace(tracked, scales={**scales.get(path, {}), **flags})
+            own = {**scales.get(path, {}), **(flags if path in paths else {})}
+            inputs[leaf] = dataclasses.replace(tracked, scales=own)
         plain = tuple(value.value if isinstance(value, Tracked) else value for value in inputs)
         traced = trace(apply_fn, dataclasses.replace(leaves, values=plain), args)
         hooks = Hooks(
@@ -180,9 +180,9 @@ def _observer(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observe:
         found = {path: seen.get(plan.by_path[path].weight.leaf, stats[path]) for path in paths}
         return {path: plan.statistics[path].merge(stats[path], found[path]) for path in paths}
 
-    def of_batch(state: _State, observed: Mapping[str, Array], stats: Stats, batch: Any) -> Stats:
+    def of_batch(state: _State, flags: Mapping[str, Array], stats: Stats, batch: Any) -> Stats:
         args = batch if isinstance(batch, tuple) else (batch,)
-        result: Stats = observe(tuple(sorted(stats)), others, state.values, state.scales, observed, stats, *args)
+        result: Stats = observe(tuple(sorted(stats)), others, state.values, state.scales, flags, stats, *args)
         return result
 
     return of_batch
@@ -191,15 +191,14 @@ def _observer(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observe:
 def _collected(plan: Plan, block: Block, observe: Observe, state: _State, batches: list[Any]) -> Stats:
     """The statistics of a block's weights over all batches, of its own layer only."""
     weights = {path: plan.by_path[path].weight for path in block.paths if path in plan.statistics}
-    initial, observed = {}, {}
-    for path, weight in weights.items():
-        kept = tuple(a for a in weight.stack_axes if a not in weight.layer_axes)
-        initial[path] = plan.statistics[path].init(weight.sizes(kept))
-        if block.index:
-            observed[path] = jnp.zeros(weight.sizes(weight.layer_axes)).at[block.index].set(1)
+    initial = {path: plan.statistics[path].init(weight.sizes(weight.expert_axes)) for path, weight in weights.items()}
     stats: Stats = replicated_beside(initial, state.values)
+    flags = {}
+    if block.index:
+        layers = plan.by_path[block.paths[0]].weight  # of all weights of a block they are as many
+        flags[OBSERVED] = jnp.zeros(layers.sizes(layers.layer_axes)).at[block.index].set(1)
     for batch in batches if weights else ():
-        stats = observe(state, observed, stats, batch)
+        stats = observe(state, flags, stats, batch)
     refuse_non_finite(stats)
     return stats
 

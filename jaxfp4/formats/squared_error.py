@@ -11,6 +11,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxfp4.formats import exact
@@ -24,8 +25,8 @@ _HIGH_PART = 2.0**10
 _WEIGHTED = 2.0**19
 _TO_INTEGER = 1.5 * 2.0**23
 """Added to a float32 below 2^22 it leaves an integer, ties to even, in the last bits."""
-_INTEGER_BITS = 0x4B400000
-"""That constant's bits. Subtracting it as a float would not do: XLA on a CPU removes the pair in jax 0.10."""
+_INTEGER_BITS = int(np.float32(_TO_INTEGER).view(np.int32))
+"""That constant's bits. To subtract it as a float would not do: some versions of XLA remove the pair."""
 _TINY = 1 << 8
 
 

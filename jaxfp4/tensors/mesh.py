@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -101,7 +102,7 @@ def layout_of(x: Array) -> Layout | None:
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return None
     mesh = sharding.mesh
-    if isinstance(x, jax.core.Tracer) and not all(kind == AxisType.Explicit for kind in mesh.axis_types):
+    if isinstance(x, jax.core.Tracer) and not _is_explicit(mesh):
         return None
     return _layout(sharding, x.ndim)
 
@@ -109,9 +110,11 @@ def layout_of(x: Array) -> Layout | None:
 def typed_layout(x: Array) -> Layout | None:
     """The layout that is part of an array's type, as on Explicit axes; None where the compiler places results."""
     layout = layout_of(x)
-    if layout is None or not all(kind == AxisType.Explicit for kind in layout.mesh.axis_types):
-        return None
-    return layout
+    return layout if layout is not None and _is_explicit(layout.mesh) else None
+
+
+def _is_explicit(mesh: Mesh | AbstractMesh) -> bool:
+    return all(kind == AxisType.Explicit for kind in mesh.axis_types)
 
 
 def merge_dimensions(x: Array, runs: Sequence[int]) -> Array:
@@ -119,7 +122,7 @@ def merge_dimensions(x: Array, runs: Sequence[int]) -> Array:
 
     On Explicit axes a merged dimension is split as the first of its run was, and data moves if others were split.
     """
-    starts = [sum(runs[:i]) for i in range(len(runs))]
+    starts = list(itertools.accumulate(runs, initial=0))[:-1]
     shape = tuple(math.prod(x.shape[start : start + n]) for start, n in zip(starts, runs, strict=True))
     layout = typed_layout(x)
     if layout is None:

@@ -124,10 +124,8 @@ def carried(state: Array) -> Array:
 
 def _block_amaxes(sample: Sample) -> Array:
     """`[*kept, ...]`: the amax of each block of 16 along the contraction."""
-    x = sample.activation
-    rest = [d for d in range(x.ndim) if d not in (*sample.kept, *sample.contracted)]
-    moved = jnp.transpose(x, [*sample.kept, *rest, *sample.contracted])
-    return block_amax(moved, tuple(range(x.ndim - len(sample.contracted), x.ndim)))
+    x = sample.arranged()
+    return block_amax(x, tuple(range(x.ndim - len(sample.contracted), x.ndim)))
 
 
 def _counts(amaxes: Array, kept: int) -> Array:

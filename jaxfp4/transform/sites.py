@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from jaxfp4.tensors import QuantizedTensor
 from jaxfp4.tensors.hadamard import hadamard
-from jaxfp4.tensors.mesh import AxisNames, replicated, varying_axes, varying_everywhere
+from jaxfp4.tensors.mesh import AxisNames, varying_axes, varying_everywhere, whole_along
 from jaxfp4.transform.contractions import Contraction
 from jaxfp4.transform.statistics import Places, Sample, State, Statistic
 from jaxfp4.transform.views import View, contraction_order
@@ -125,8 +125,9 @@ class Meeting:
         contracted = self.activation_dimensions
         activation = self.rotated(self.activation)
         if not self.weight.stack:
-            observed = jax.tree.map(replicated, statistic.observe(Sample(activation, (), contracted)))
-            return statistic.merge(state, observed)
+            observed = statistic.observe(Sample(activation, (), contracted))
+            # On Explicit axes states have one type, whatever the activations have.
+            return statistic.merge(state, jax.tree.map(lambda s: whole_along(s, range(s.ndim)), observed))
         kept = self._kept_dimensions()
         shared = self._shared_axes()
         rank = len(kept) + len(shared)
@@ -202,17 +203,18 @@ def observe_layer(weight: Tracked, statistic: Statistic, observe: Callable[[Trac
     starts = [weight.view.starts.get(axis) for axis in weight.layer_axes]
     rest = weight.observed_stack
 
-    def picked(state: State) -> State:
+    def of_this() -> State:
+        return observe(dataclasses.replace(weight, stack=rest))
+
+    def of_one_among_all() -> State:
         place = dict(zip(weight.layer_axes, jnp.unravel_index(jnp.argmax(flags), flags.shape), strict=True))
-        return jax.tree.map(lambda s: s[tuple(place.get(a, slice(None)) for a in sorted(weight.stack))], state)
+        picked = tuple(place.get(a, slice(None)) for a in sorted(weight.stack))
+        return jax.tree.map(lambda s: s[picked], observe(weight))
 
-    def observed() -> State:
-        if is_alone:
-            return observe(dataclasses.replace(weight, stack=rest))
-        return picked(observe(weight))
-
-    is_alone = all(start is not None and np.ndim(start) == 0 for start in starts)
-    chosen = flags[tuple(starts)] if is_alone else jnp.max(flags)
+    if all(start is not None and np.ndim(start) == 0 for start in starts):
+        chosen, observed = flags[tuple(starts)], of_this
+    else:
+        chosen, observed = jnp.max(flags), of_one_among_all
     neutral = jax.tree.map(varying_everywhere, statistic.init([rest[a] for a in sorted(rest)]))
     return lax.cond(chosen > 0, observed, lambda: neutral)
 

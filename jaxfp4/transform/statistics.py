@@ -40,11 +40,15 @@ class Sample:
     kept: tuple[int, ...] = ()
     contracted: tuple[int, ...] = ()
 
+    def arranged(self) -> Array:
+        """The activation with its kept dimensions in front and the contracted ones behind."""
+        rest = [d for d in range(self.activation.ndim) if d not in (*self.kept, *self.contracted)]
+        return jnp.transpose(self.activation, [*self.kept, *rest, *self.contracted])
+
     def rows(self) -> Array:
         """The activation as `[*kept, rows, channels]`, in its own dtype."""
-        rest = [d for d in range(self.activation.ndim) if d not in (*self.kept, *self.contracted)]
-        moved = jnp.transpose(self.activation, [*self.kept, *rest, *self.contracted])
-        return merge_dimensions(moved, [*(1 for _ in self.kept), len(rest), len(self.contracted)])
+        rest = self.activation.ndim - len(self.kept) - len(self.contracted)
+        return merge_dimensions(self.arranged(), [*(1 for _ in self.kept), rest, len(self.contracted)])
 
 
 @dataclasses.dataclass(frozen=True)

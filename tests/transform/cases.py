@@ -14,6 +14,10 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxfp4.recipes import Recipe, Role, Rule, Scheme
+
+EVERYTHING = Recipe("everything", (Rule(Scheme.W4A4, roles=frozenset(Role)),))
+
 D, F, E, L, T = 32, 16, 4, 3, 6
 """Model width, inner width, experts, layers, tokens."""
 

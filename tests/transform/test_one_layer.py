@@ -12,7 +12,7 @@ from jax import P
 from jax.sharding import AxisType
 
 from jaxfp4.algorithms.inputs import leaves_for, tracked_weight
-from jaxfp4.recipes import Recipe, Role, Rule, Scheme, plan
+from jaxfp4.recipes import plan
 from jaxfp4.transform.evaluate import evaluate
 from jaxfp4.transform.jaxprs import body_of
 from jaxfp4.transform.scope import Hooks
@@ -20,9 +20,8 @@ from jaxfp4.transform.sites import OBSERVED
 from jaxfp4.transform.statistics import AbsoluteMaximum, MomentForm, SecondMoments, Statistics
 from jaxfp4.transform.trace import trace
 
-from .cases import CASES, Case, Found
+from .cases import CASES, EVERYTHING, Case, Found
 
-EVERYTHING = Recipe("everything", (Rule(Scheme.W4A4, roles=frozenset(Role)),))
 STACKED = [name for name, case in CASES.items() if any(found.layers for found in case.found.values())]
 
 

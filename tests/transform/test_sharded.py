@@ -12,11 +12,10 @@ from jax import P, lax
 from jax.sharding import AxisType, NamedSharding
 
 from jaxfp4.algorithms import observed, quantize_params, quantized
-from jaxfp4.recipes import Recipe, Role, Rule, Scheme, plan
+from jaxfp4.recipes import plan
 
-from .cases import amax
+from .cases import EVERYTHING, amax
 
-EVERYTHING = Recipe("everything", (Rule(Scheme.W4A4, roles=frozenset(Role)),))
 D, F, E, T = 64, 32, 4, 8
 
 

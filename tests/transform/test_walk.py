@@ -5,11 +5,9 @@ import numpy as np
 import pytest
 
 from jaxfp4.algorithms import observed
-from jaxfp4.recipes import Plan, Recipe, Role, Rule, Scheme, plan
+from jaxfp4.recipes import Plan, plan
 
-from .cases import CASES, Case, Found
-
-EVERYTHING = Recipe("everything", (Rule(Scheme.W4A4, roles=frozenset(Role)),))
+from .cases import CASES, EVERYTHING, Case, Found
 
 each_case = pytest.mark.parametrize("name", CASES)
 
