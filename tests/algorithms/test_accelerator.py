@@ -116,6 +116,22 @@ def test_few_codes_move_where_floats_are_summed(recipe):
     assert moved / total < 1e-3
 
 
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_gptq"])
+def test_layer_by_layer(recipe):
+    """Layers in a scan, each calibrated on the quantized ones before it: other sums, so few codes and scales move."""
+    params, batches, plan, _, _ = job(recipe)
+    cpu, device = jax.devices("cpu")[0], jax.devices()[0]
+    with jax.default_device(cpu):
+        wanted = jaxfp4.weights(jaxfp4.quantize_sequentially(models.scanned, params, batches, plan, progress=False))
+    arguments = on(device, (params, batches))
+    found = jaxfp4.weights(jaxfp4.quantize_sequentially(models.scanned, *arguments, plan, progress=False))
+    assert found.keys() == wanted.keys()
+    for path, weight in found.items():
+        codes, others = (np.asarray(w.weight.packed) for w in (weight, wanted[path]))
+        assert np.mean(codes != others) < 0.02, path
+        np.testing.assert_allclose(weight.input_scale, wanted[path].input_scale, rtol=2e-2)
+
+
 @pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_weight_only"])
 def test_simulation_is_near_that_of_the_cpu(recipe):
     _, batches, plan, _, qparams = job(recipe)
