@@ -123,3 +123,17 @@ def test_no_guessing_at_attributes_and_no_asserts(module):
             assert node.func.id != "hasattr", f"{module}:{node.lineno}: hasattr"
             default = node.func.id == "getattr" and len(node.args) + len(node.keywords) > 2
             assert not default, f"{module}:{node.lineno}: getattr with a default"
+
+
+def test_jitted_functions_are_paced():
+    """Whatever may be called in a loop over weights; the user's own `calibrate_fn` is left to the user."""
+    unpaced = set()
+    for module in MODULES:
+        if module.split(".")[1:2] not in (["tensors"], ["transform"], ["algorithms"]):
+            continue
+        for node in ast.walk(syntax(module)):
+            if isinstance(node, ast.FunctionDef):
+                decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+                if any("jax.jit" in text for text in decorators) and decorators[0] != "paced":
+                    unpaced.add(f"{module}.{node.name}")
+    assert unpaced == {"jaxfp4.algorithms.calibration.calibrate_fn"}

@@ -18,6 +18,7 @@ from jax import Array, lax
 
 from jaxfp4.formats import BLOCK_SIZE, E2M1, E4M3
 from jaxfp4.recipes.methods import Activations, HeadroomActivations, MaxActivations, PercentileActivations
+from jaxfp4.tensors.pacing import paced
 from jaxfp4.transform.histogram import BINS, carried, centres, edges, merged
 
 _ANCHOR_RANGE = 1e6
@@ -25,6 +26,7 @@ _SHARE_BITS = 17
 _ERROR_BITS = 12
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=0)
 def activation_amax(method: Activations, amax: Array, histogram: Array | None) -> Array:
     """The global amax `[...]` of activations whose largest magnitude is `amax` `[...]`.

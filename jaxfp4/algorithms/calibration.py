@@ -20,6 +20,7 @@ from jaxfp4.formats import LeafError
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.tensors.fp8_tensor import fp8_scale_of
 from jaxfp4.tensors.mesh import replicated_beside
+from jaxfp4.tensors.pacing import paced
 from jaxfp4.tensors.quantize import global_scale_of
 from jaxfp4.transform.evaluate import evaluate
 from jaxfp4.transform.histogram import merged
@@ -58,6 +59,9 @@ def make_calibrate_fn(apply_fn: ApplyFn, plan: Plan) -> CalibrateFn:
     It compiles once for each shape of the arguments, and computes the forward pass only as far as the last statistic
     needs it. Works on parameters with any sharding; the reductions across devices are the compiler's, over the whole
     batch. Start with `plan.init_stats()`.
+
+    It does not wait for its result. With jaxlib 0.10 on several CPU devices a process hangs once more than 32 programs
+    are in flight: call `jax.block_until_ready` on the statistics there every few batches, as `calibrate` does.
     """
     observed_fn = observed(apply_fn, plan)
 
@@ -86,7 +90,7 @@ def calibrate(
     Raises ValueError if there is no batch, and `LeafError` with the path of the first weight whose activations held NaN
     or Inf. Experts that no token reached are logged as a warning by path; they get their layer's shared scale.
     """
-    calibrate_fn = make_calibrate_fn(apply_fn, plan)
+    calibrate_fn = paced(make_calibrate_fn(apply_fn, plan))
     merged_stats = plan.init_stats(params) if stats is None else replicated_beside(used_stats(plan, stats), params)
     count = 0
     for batch in tracked_progress(batches, "calibrating", progress):

@@ -24,6 +24,7 @@ from jaxfp4.recipes.plan import ActiveFold, Plan, PlannedWeight
 from jaxfp4.recipes.recipe import Scheme
 from jaxfp4.tensors import global_amax, quantize_unchecked
 from jaxfp4.tensors.mesh import moved_beside, replicated
+from jaxfp4.tensors.pacing import paced
 from jaxfp4.transform.folding import Side, apply_fold
 from jaxfp4.transform.statistics import MomentForm
 
@@ -123,6 +124,7 @@ class _View:
         return jnp.sum(error, -1)
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=3)
 def _searched(activation: Array, weight: Array, views: Sequence[_View], steps: int) -> Array:
     """AWQ's scales for the sum of all consumers' errors."""
@@ -169,6 +171,7 @@ def _picked(scales: Array, index: Array | NDArray[np.int64]) -> Array:
     return padded[..., index]
 
 
+@paced
 def _divided(entry: PlannedWeight, states: Mapping[str, Array], factors: Array) -> dict[str, Array]:
     """The statistics of the activation after its channels are divided by factors `[*layers, K]`."""
     stack, layers = entry.weight.stack_axes, entry.weight.layer_axes

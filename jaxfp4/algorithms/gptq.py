@@ -14,6 +14,7 @@ from jax import Array, lax
 from jaxfp4.formats import BLOCK_SIZE, exact, nvfp4
 from jaxfp4.recipes.methods import Order as Order
 from jaxfp4.tensors.blocks import Blocking
+from jaxfp4.tensors.pacing import paced
 from jaxfp4.tensors.reductions import as_float_array
 
 ChooseScales = Callable[[Array, Array, int, Array | None], Array]
@@ -106,6 +107,7 @@ def _check(w: Array, hessian: Array, global_scale: Array) -> None:
         )
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _gptq(
     w: Array,

@@ -21,6 +21,7 @@ from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.recipes.recipe import Scheme
 from jaxfp4.tensors import NVFP4Tensor, QuantizedTensor, QuantizedWeight
 from jaxfp4.tensors.mesh import replicated_beside
+from jaxfp4.tensors.pacing import paced
 from jaxfp4.transform.evaluate import evaluate
 from jaxfp4.transform.scope import Hooks
 from jaxfp4.transform.sites import OBSERVED, Meeting, Tracked
@@ -154,6 +155,7 @@ def _observer(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observe:
             activation = meeting.rotated(activation)
         return jnp.where(done > 0, activation, meeting.activation)
 
+    @paced
     @functools.partial(jax.jit, static_argnums=0)
     def observe(
         paths: tuple[str, ...],

@@ -18,6 +18,7 @@ from jaxfp4.recipes.plan import Plan, Scheme
 from jaxfp4.tensors.cache_rounding import fake_quantize_cache
 from jaxfp4.tensors.fp8_tensor import fake_quantize_fp8
 from jaxfp4.tensors.mesh import sole_devices
+from jaxfp4.tensors.pacing import paced
 from jaxfp4.transform.evaluate import evaluate
 from jaxfp4.transform.marks import Mark
 from jaxfp4.transform.scope import Hooks, original_product
@@ -69,6 +70,7 @@ def simulation(
             return fake_quantize_fp8(meeting.rotated(activation), scale)
         return meeting.rotated(activation)
 
+    @paced
     @functools.partial(jax.jit, static_argnums=0)
     def run(multiply: Multiply, qparams: Any, *args: Any) -> Any:
         leaves = leaves_for(plan, qparams)

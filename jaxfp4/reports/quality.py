@@ -14,6 +14,8 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
+from jaxfp4.tensors.pacing import paced
+
 Logits = Callable[[Any, Array], Array]
 """`(params, tokens [batch, time]) -> logits [batch, time, vocabulary]`."""
 
@@ -68,7 +70,7 @@ def reference_logits(apply_fn: Logits, params: Any, batches: Iterable[NDArray[np
 
     Raises ValueError if there is no batch, one has fewer than two columns, or the logits do not fit it.
     """
-    jitted = jax.jit(apply_fn)
+    jitted = paced(jax.jit(apply_fn))
     tokens = tuple(jnp.asarray(batch) for batch in batches)
     if not tokens:
         raise ValueError("batches is empty: wanted at least one array of tokens [batch, time]")

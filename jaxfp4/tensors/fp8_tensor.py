@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from jaxfp4.formats import exact, fp8, nvfp4
 from jaxfp4.tensors.blocks import normalize_axes
+from jaxfp4.tensors.pacing import paced
 from jaxfp4.tensors.reductions import as_float_array, global_amax
 
 
@@ -86,6 +87,7 @@ def quantize_fp8(w: Array, axis: int | Sequence[int] = 0, *, amax: Array | None 
     return FP8Tensor(values, scale, axes, np.dtype(w.dtype))
 
 
+@paced
 @jax.jit
 def _quantize(w: Array, amax: Array) -> tuple[Array, Array]:
     scale = fp8_scale_of(amax)
@@ -93,6 +95,7 @@ def _quantize(w: Array, amax: Array) -> tuple[Array, Array]:
     return lax.bitcast_convert_type(fp8.encode(w, aligned), jnp.float8_e4m3fn), scale
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=1)
 def _dequantize(tensor: FP8Tensor, dtype: np.dtype) -> Array:
     scale = tensor.global_scale
@@ -100,6 +103,7 @@ def _dequantize(tensor: FP8Tensor, dtype: np.dtype) -> Array:
     return exact.cast(fp8.dequantize(codes, lax.expand_dims(scale, range(scale.ndim, tensor.ndim))), dtype)
 
 
+@paced
 @jax.jit
 def fp8_scale_of(amax: Array) -> Array:
     """`amax / 448` in IEEE float32; 1.0 where amax is zero or below 2^-103, NaN where it is not finite."""
@@ -125,6 +129,7 @@ def _straight_through_jvp(primals, tangents):  # type: ignore[no-untyped-def]
     return _rounded(*primals), tangents[0]
 
 
+@paced
 @jax.jit
 def _rounded(x: Array, scale: Array) -> Array:
     scale = lax.expand_dims(scale, range(x.ndim))

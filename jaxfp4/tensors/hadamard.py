@@ -13,6 +13,7 @@ from jax import Array, lax
 from jaxfp4.formats import BLOCK_SIZE, exact
 from jaxfp4.tensors.blocks import Blocking, normalize_axes
 from jaxfp4.tensors.mesh import Layout, merge_dimensions, place, typed_layout, whole_along
+from jaxfp4.tensors.pacing import paced
 
 
 def hadamard(x: Array, axis: int | Sequence[int] = -1, size: int = 16) -> Array:
@@ -72,6 +73,7 @@ def _hadamard(x: Array, axes: tuple[int, ...], size: int) -> Array:
     return _compiled(x, axes, size)
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _compiled(x: Array, axes: tuple[int, ...], size: int) -> Array:
     return exact.cast(_rotated(exact.to_float32(x), axes, size), x.dtype)

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jaxfp4.formats import BLOCK_SIZE, exact
 from jaxfp4.tensors.blocks import Blocking
+from jaxfp4.tensors.pacing import paced
 
 AxisNames = tuple[str, ...]
 
@@ -160,6 +161,7 @@ def _names(entry: str | tuple[str, ...] | None) -> AxisNames:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+@paced
 def place(x: Array, layout: Layout) -> Array:
     """`x` moved to `layout`; the same array if it is there already."""
     if isinstance(x, jax.core.Tracer):

@@ -17,6 +17,7 @@ from jaxfp4.tensors.blocks import Blocking
 from jaxfp4.tensors.cache import CacheAmax
 from jaxfp4.tensors.fp8_tensor import FP8Tensor
 from jaxfp4.tensors.mesh import Layout, amax_layout, layout_of, place
+from jaxfp4.tensors.pacing import paced
 
 
 @functools.partial(
@@ -163,6 +164,7 @@ def _short(scale: Any) -> str:
     return f"{float(scale):.6g}" if scale.ndim == 0 else f"{scale.dtype}{list(scale.shape)}"
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _dequantize(tensor: NVFP4Tensor, dtype: np.dtype, kernels: bool) -> Array:
     blocking = tensor.blocking
@@ -182,6 +184,7 @@ def _dequantize(tensor: NVFP4Tensor, dtype: np.dtype, kernels: bool) -> Array:
     return lax.platform_dependent(*parts, cuda=fast, default=plain)
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _dequantize_sharded(tensor: NVFP4Tensor, dtype: np.dtype, layout: Layout, scale_layout: Layout) -> Array:
     def local(packed: Array, scales: Array, global_scale: Array) -> Array:

@@ -17,6 +17,7 @@ from jaxfp4.tensors.blocks import Blocking, normalize_axes
 from jaxfp4.tensors.hadamard import hadamard, rotated_blocks, rotated_tangent, rotates_blocks
 from jaxfp4.tensors.mesh import Layout, amax_layout, layout_of, place
 from jaxfp4.tensors.nvfp4_tensor import NVFP4Tensor
+from jaxfp4.tensors.pacing import paced
 from jaxfp4.tensors.reductions import as_float_array, global_amax, local_block_amax, refuse_cut_blocks, rotated_amax
 
 
@@ -238,16 +239,18 @@ def _amax_for(w: Array, blocking: Blocking, given: Array | float | None) -> Arra
     return amax
 
 
-global_scale_of = jax.jit(nvfp4.global_scale)
+global_scale_of = paced(jax.jit(nvfp4.global_scale))
 """`jaxfp4.formats.nvfp4.global_scale`, compiled."""
 
 
+@paced
 @jax.jit
 def _all_finite(*arrays: Any) -> Array:
     """Whether no entry of the arrays is NaN or Inf."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a.astype(jnp.float32))) for a in jax.tree.leaves(arrays)]))
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
 def quantize_local(
     w: Array,
@@ -265,6 +268,7 @@ def quantize_local(
     return packed, scales, global_scale
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _encoded(
     w: Array,
@@ -317,6 +321,7 @@ def _in_kernel(
     )
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
 def _quantize_sharded(
     w: Array,
@@ -343,6 +348,7 @@ def _quantize_sharded(
     )(w, amax, moments)
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _fake_quantize(x: Array, global_scale: Array, blocking: Blocking, rotated: bool, kernels: bool) -> Array:
     def plain(x: Array, global_scale: Array) -> Array:
@@ -359,6 +365,7 @@ def _fake_quantize(x: Array, global_scale: Array, blocking: Blocking, rotated: b
     return lax.platform_dependent(x, global_scale, cuda=fast, default=plain)
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _fake_quantize_sharded(x: Array, global_scale: Array, blocking: Blocking, rotated: bool, layout: Layout) -> Array:
     def local(shard: Array, global_scale: Array) -> Array:

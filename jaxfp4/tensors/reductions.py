@@ -14,6 +14,7 @@ from jaxfp4.tensors import accelerated
 from jaxfp4.tensors.blocks import Blocking, normalize_axes
 from jaxfp4.tensors.hadamard import hadamard, rotated_blocks, rotates_blocks
 from jaxfp4.tensors.mesh import AxisNames, Layout, amax_over_mesh, enclosing_axes, layout_of, place, varying_axes
+from jaxfp4.tensors.pacing import paced
 
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -128,6 +129,7 @@ def local_block_amax(blocks: Array, axis: int) -> Array:
     return exact.to_float32(lax.bitcast_convert_type(largest, blocks.dtype))
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _block_amax(x: Array, blocking: Blocking, rotated: bool, kernels: bool) -> Array:
     def plain(x: Array) -> Array:
@@ -141,6 +143,7 @@ def _block_amax(x: Array, blocking: Blocking, rotated: bool, kernels: bool) -> A
     return lax.platform_dependent(x, cuda=fast, default=plain)
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _block_amax_sharded(x: Array, blocking: Blocking, rotated: bool, layout: Layout) -> Array:
     def local(shard: Array) -> Array:
@@ -150,6 +153,7 @@ def _block_amax_sharded(x: Array, blocking: Blocking, rotated: bool, layout: Lay
     return jax.shard_map(local, mesh=layout.mesh, in_specs=layout.spec, out_specs=out)(x)
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=1)
 def local_global_amax(x: Array, keep: tuple[int, ...]) -> Array:
     """`max(abs(x))` of an array or a shard, with `keep` the other axes kept with size 1, float32."""
@@ -157,6 +161,7 @@ def local_global_amax(x: Array, keep: tuple[int, ...]) -> Array:
     return exact.as_float(jnp.max(exact.magnitude_bits(x), reduced, keepdims=bool(keep), initial=0))
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _global_amax_sharded(x: Array, keep: tuple[int, ...], layout: Layout) -> Array:
     kept = layout.restricted(keep)

@@ -18,6 +18,7 @@ from jaxfp4.tensors import accelerated
 from jaxfp4.tensors.blocks import Blocking
 from jaxfp4.tensors.mesh import AxisNames, Layout, amax_layout, amax_over_mesh, layout_of, varying_as, varying_axes
 from jaxfp4.tensors.nvfp4_tensor import NVFP4Tensor
+from jaxfp4.tensors.pacing import paced
 from jaxfp4.tensors.quantize import Encoder, quantize_local
 from jaxfp4.tensors.reductions import SUPPORTED_DTYPES, local_global_amax
 
@@ -111,6 +112,7 @@ def _tensor(one: Placed, parts: tuple[Array, Array, Array]) -> NVFP4Tensor:
     return NVFP4Tensor(*parts, tuple(a - ndim for a in axes), sizes, jnp.dtype(one.dtype))
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=1)
 def _programs(groups: tuple[Siblings, ...], siblings: tuple[Placed, ...]) -> tuple[list[list[Siblings]], Array]:
     layouts = [one.layout for one in siblings if one.layout is not None]

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from jaxfp4.formats import exact
 from jaxfp4.tensors import QuantizedWeight
 from jaxfp4.tensors.mesh import layout_of, place, replicated_beside
+from jaxfp4.tensors.pacing import paced
 from jaxfp4.tensors.reductions import SUPPORTED_DTYPES
 from jaxfp4.transform.channel_names import LARGEST
 from jaxfp4.transform.channel_scaling import Scaling
@@ -333,6 +334,7 @@ def apply_fold(arrays: Mapping[int, Array], fold: Fold, s: Array) -> dict[int, A
     return result
 
 
+@paced
 def _rescaled(array: Array, side: Side, factors: Array) -> Array:
     """An array multiplied by factors of shape `(*layers, channels)` along a side's axes."""
     # Index -1 picks the one behind the last channel.

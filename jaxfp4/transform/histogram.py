@@ -15,6 +15,7 @@ from jax import Array, lax
 from jaxfp4.formats import exact
 from jaxfp4.tensors import block_amax
 from jaxfp4.tensors.mesh import AxisNames, Layout, layout_of, replicated, sum_over_mesh, varying_axes
+from jaxfp4.tensors.pacing import paced
 from jaxfp4.transform.statistics import Places, Sample
 
 BINS = 512
@@ -143,6 +144,7 @@ def _local_counts(amaxes: Array, kept: int) -> Array:
     return carried(jnp.stack([counts, jnp.zeros_like(counts)], -1)).reshape(*amaxes.shape[:kept], BINS, 2)
 
 
+@paced
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _sharded_counts(amaxes: Array, kept: int, layout: Layout) -> Array:
     split = layout.restricted(range(kept))
