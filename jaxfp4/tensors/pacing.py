@@ -20,9 +20,9 @@ Result = TypeVar("Result")
 
 
 def paced(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """`function`, a jitted one, that returns once its result is computed if that lies on several CPU devices.
+    """`function`, that returns once its result is computed if that lies on several CPU devices.
 
-    Results that are traced, on one device or on accelerators are returned as they are.
+    Results that are traced, on one device or on accelerators are returned as they are. `__wrapped__` does not wait.
     """
 
     @functools.wraps(function)
