@@ -5,6 +5,7 @@ from jaxfp4.algorithms.calibration import input_scales as input_scales
 from jaxfp4.algorithms.calibration import make_calibrate_fn as make_calibrate_fn
 from jaxfp4.algorithms.calibration import observed as observed
 from jaxfp4.algorithms.calibration import unseen_experts as unseen_experts
+from jaxfp4.algorithms.channels import after_folding as after_folding
 from jaxfp4.algorithms.channels import fold_channel_scales as fold_channel_scales
 from jaxfp4.algorithms.digest import digest as digest
 from jaxfp4.algorithms.digest import weights as weights

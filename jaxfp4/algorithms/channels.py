@@ -36,10 +36,42 @@ def fold_channel_scales(params: Any, plan: Plan, stats: Mapping[str, Any] | None
     are the weights that `quantize_params` quantizes, and what its result is to be compared with. Without such a method
     in the plan it is `params` as they are. Raises ValueError without statistics.
     """
+    return after_folding(params, plan, stats)[0]
+
+
+Job = tuple[Any, Plan, Mapping[str, Any] | None]
+"""The arguments of `quantize_params`."""
+
+
+def after_folding(params: Any, plan: Plan, stats: Mapping[str, Any] | None) -> Job:
+    """The rest of the job: `quantize_params` of the three results is that of the three arguments.
+
+    The parameters are those of `fold_channel_scales`, the plan has no methods for channels any more, and the statistics
+    are those of the activations after the folds.
+    """
+    if not plan.folds:
+        return params, plan, stats
     leaves = leaves_for(plan, params)
     used = None if stats is None else used_stats(plan, stats)
-    arrays, _ = folded(plan, dict(enumerate(leaves.values)), used)
-    return leaves.rebuilt([arrays[i] for i in range(len(leaves.values))])
+    arrays, used = folded(plan, dict(enumerate(leaves.values)), used)
+    rebuilt, rest = leaves.rebuilt([arrays[i] for i in range(len(leaves.values))]), _without_channels(plan)
+    return rebuilt, rest, None if used is None else _needed_moments(plan, rest, used)
+
+
+def _needed_moments(plan: Plan, rest: Plan, stats: Stats) -> Stats:
+    """Statistics of a plan with the moments that a simpler one wants of them."""
+    result = {path: dict(states) for path, states in stats.items()}
+    for path, states in result.items():
+        form = rest.moments_source(rest.by_path[path])[1]
+        if "moments" in states and form is not MomentForm.NONE:
+            states["moments"] = reduced(states["moments"], plan.moments_source(plan.by_path[path])[1], form)
+    return result
+
+
+def _without_channels(plan: Plan) -> Plan:
+    """The plan of parameters whose channels are scaled already."""
+    entries = [dataclasses.replace(e, method=dataclasses.replace(e.method, channels=None)) for e in plan.entries]
+    return dataclasses.replace(plan, entries=tuple(entries), folding=None, folding_digest="")
 
 
 def folded(plan: Plan, arrays: dict[int, Any], stats: Stats | None) -> tuple[dict[int, Any], Stats | None]:

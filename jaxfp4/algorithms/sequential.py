@@ -14,7 +14,7 @@ from jax import Array
 
 from jaxfp4.algorithms.activation_rounding import quantize_activation
 from jaxfp4.algorithms.calibration import Stats, calibrate, refuse_non_finite, tracked_progress
-from jaxfp4.algorithms.channels import fold_channel_scales
+from jaxfp4.algorithms.channels import after_folding
 from jaxfp4.algorithms.inputs import leaves_for, marks_for, tracked_weight
 from jaxfp4.algorithms.quantization import quantize_weights
 from jaxfp4.recipes.plan import Plan, PlannedWeight
@@ -86,7 +86,7 @@ def quantize_sequentially(
         raise ValueError("batches is empty: wanted at least one batch of calibration data")
     if plan.folds:
         stats = calibrate(apply_fn, params, batches, plan, progress=progress)
-        params, plan = fold_channel_scales(params, plan, stats), _without_channels(plan)
+        params, plan, _ = after_folding(params, plan, stats)
     leaves = leaves_for(plan, params)
     values = {e.path: jnp.asarray(leaves.values[e.weight.leaf]) for e in plan.quantized}
     state = _State(values, {}, {e.path: {} for e in plan.quantized})
@@ -261,12 +261,6 @@ def _stacked(entry: PlannedWeight, layers: Mapping[Index, QuantizedWeight]) -> Q
     bare = [dataclasses.replace(result, weight=None) for result in results]  # type: ignore[arg-type]
     numbers: QuantizedWeight = jax.tree.map(in_front, *bare)
     return dataclasses.replace(numbers, weight=tensor)
-
-
-def _without_channels(plan: Plan) -> Plan:
-    """The plan of parameters whose channels are scaled already."""
-    entries = [dataclasses.replace(e, method=dataclasses.replace(e.method, channels=None)) for e in plan.entries]
-    return dataclasses.replace(plan, entries=tuple(entries), folding=None, folding_digest="")
 
 
 def _without_global_scale(tensor: QuantizedTensor) -> QuantizedTensor:

@@ -28,6 +28,7 @@ from jaxfp4.checkpoints.pending import PendingTensor, entry_of, is_storable, on_
 from jaxfp4.checkpoints.processes import write_checkpoint
 from jaxfp4.checkpoints.stored import FP8_INPUT_SCALE, FP8_SCALE, SUFFIXES, joined
 from jaxfp4.formats import BLOCK_SIZE, LeafError, fp8, path_string
+from jaxfp4.recipes import Plan
 from jaxfp4.tensors import FP8Tensor, NVFP4Tensor, QuantizedTensor, QuantizedWeight
 from jaxfp4.tensors.cache import CacheAmax, CacheFormat
 
@@ -109,6 +110,17 @@ def export_checkpoint(
             copy_files(origin, carried, directory)
 
     write_checkpoint(pathlib.Path(out_dir), tensors, complete, max_shard_bytes)
+
+
+def refuse_unservable(plan: Plan, *, format: str = "modelopt") -> None:
+    """Raises, before anything is computed, the ValueError of `export_checkpoint` that the plan's result would meet.
+
+    These are rotated weights, and an NVFP4 key-value cache in compressed-tensors.
+    """
+    for entry in plan.quantized:
+        _refuse_rotation(entry.path, entry.method.rotated)
+        if plan.recipe.kv_cache is not None and entry.cached:
+            _only_cache_format({plan.recipe.kv_cache.format: entry.path}, format)
 
 
 def _tensors_of(
@@ -194,13 +206,17 @@ def _refuse_unservable(path: str, leaf: QuantizedWeight) -> None:
         raise LeafError(
             f"{path}: has a pre_scale, which serving engines refuse: wanted None; fold it into the layer in front first"
         )
-    if leaf.rotation:
-        raise LeafError(
-            f"{path}: is rotated in groups of {leaf.rotation}, but no serving engine rotates the activation: wanted a "
-            "weight without rotation; choose a recipe without hadamard"
-        )
+    _refuse_rotation(path, leaf.rotation)
     for part in jax.tree.leaves(leaf):
         _whole_array(path, part)
+
+
+def _refuse_rotation(path: str, size: int) -> None:
+    if size:
+        raise LeafError(
+            f"{path}: is rotated in groups of {size}, but no serving engine rotates the activation: wanted a weight "
+            "without rotation; choose a recipe without hadamard"
+        )
 
 
 def _whole_array(path: str, leaf: Any) -> jax.Array | np.ndarray:

@@ -9,7 +9,9 @@ import numpy as np
 from rich.console import Console
 
 import jaxfp4
-from jaxfp4.checkpoints import export_checkpoint
+from jaxfp4.algorithms import after_folding
+from jaxfp4.checkpoints import export_checkpoint, refuse_unservable
+from jaxfp4.checkpoints.writer import refuse_existing
 from jaxfp4.commands.errors import CommandError
 from jaxfp4.commands.meshes import MeshShape, make_mesh
 from jaxfp4.models import DecoderConfig, checkpoint_names, from_flax, load_decoder
@@ -50,8 +52,7 @@ def quantize_directory(
 
     Raises CommandError, ValueError or OSError for bad input; `out_dir` is then not there.
     """
-    if out_dir.exists():
-        raise CommandError(f"{out_dir}: it exists already; wanted a new directory; remove it or name another")
+    refuse_existing(out_dir)
     model = load_decoder(model_dir, mesh=make_mesh(mesh) if mesh else None)
     config = model.config
     apply_fn, params = from_flax(model)
@@ -70,6 +71,7 @@ def quantize_directory(
     example = jax.ShapeDtypeStruct((1, 8), np.int32)
     plan = jaxfp4.plan(apply_fn, params, example, recipe=recipe, expert_scale=expert_scale)
     console.print(plan)
+    refuse_unservable(plan, format=file_format)
     stats = None
     if plan.observed:
         if data is None:
@@ -79,8 +81,9 @@ def quantize_directory(
             )
         console.print(f"calibrating on {data}{' with all experts' if every_expert else ''}", soft_wrap=True)
         stats = jaxfp4.calibrate(calibration_fn, params, data, plan)
-    qparams = jaxfp4.quantize_params(params, plan, stats)
-    console.print(quality_table(weight_quality(params, qparams)))
+    rest = after_folding(params, plan, stats)
+    qparams = jaxfp4.quantize_params(*rest)
+    console.print(quality_table(weight_quality(rest[0], qparams)))
     export_checkpoint(
         qparams,
         out_dir,

@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from rich.table import Table
 
-from jaxfp4.tensors import QuantizedTensor, QuantizedWeight
+from jaxfp4.tensors import QuantizedWeight
+from jaxfp4.tensors.hadamard import hadamard
 from jaxfp4.transform.trace import leaves_of
 
 
@@ -31,29 +33,48 @@ class WeightQuality:
 def weight_quality(params: Any, qparams: Any) -> tuple[WeightQuality, ...]:
     """The signal-to-noise ratio of each quantized weight against the original, in the order of the tree.
 
-    Raises ValueError if the two trees differ in their paths.
+    A rotated weight is compared with the original rotated. Where channel scales were folded, `params` are those after
+    it: `jaxfp4.fold_channel_scales(params, plan, stats)`.
+
+    Raises ValueError if the two trees differ in their paths, or in an array that is not quantized.
     """
     before, after = leaves_of(params), leaves_of(qparams)
     if before.paths != after.paths:
         odd = sorted(set(before.paths) ^ set(after.paths))[0]
         raise ValueError(f"params and qparams differ at {odd!r}: wanted the parameters that qparams was made from")
+    for path, w, q in zip(before.paths, before.values, after.values, strict=True):
+        if not isinstance(q, QuantizedWeight) and _differ(w, q):
+            raise ValueError(
+                f"params and qparams differ in the values of {path!r}, which is not quantized: wanted the parameters "
+                "that qparams was made from; after AWQ or SmoothQuant pass fold_channel_scales(params, plan, stats)"
+            )
     return tuple(
-        _quality(path, w, q.weight)
+        _quality(path, w, q)
         for path, w, q in zip(before.paths, before.values, after.values, strict=True)
         if isinstance(q, QuantizedWeight)
     )
 
 
-def _quality(path: str, w: Array, q: QuantizedTensor) -> WeightQuality:
+def _differ(before: Any, after: Any) -> bool:
+    """Whether the values differ, NaN being one; in the type of `after`, which may have been rounded."""
+    if before is after:
+        return False
+    before, after = np.asarray(before), np.asarray(after)
+    return not np.array_equal(before.astype(after.dtype).view(np.uint8), after.view(np.uint8))
+
+
+def _quality(path: str, w: Array, q: QuantizedWeight) -> WeightQuality:
     signal, noise = (float(x) for x in _energies(w, q))
     ratio = math.nan if signal == 0 else math.inf if noise == 0 else 10 * math.log10(signal / noise)
-    return WeightQuality(path, tuple(w.shape), 8 * q.nbytes / w.size, ratio)
+    return WeightQuality(path, tuple(w.shape), 8 * q.weight.nbytes / w.size, ratio)
 
 
 @jax.jit
-def _energies(w: Array, q: QuantizedTensor) -> tuple[Array, Array]:
+def _energies(w: Array, q: QuantizedWeight) -> tuple[Array, Array]:
     wide = w.astype(jnp.float32)
-    return jnp.sum(wide**2), jnp.sum((wide - q.dequantize(jnp.float32)) ** 2)
+    if q.rotation:
+        wide = hadamard(wide, q.weight.axes, q.rotation)
+    return jnp.sum(wide**2), jnp.sum((wide - q.weight.dequantize(jnp.float32)) ** 2)
 
 
 def quality_table(rows: Sequence[WeightQuality]) -> Table:

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxfp4.algorithms import calibrate, digest, make_calibrate_fn, quantize_params
-from jaxfp4.algorithms.channels import fold_channel_scales
+from jaxfp4.algorithms.channels import after_folding, fold_channel_scales
 from jaxfp4.recipes import Plan, plan
 from jaxfp4.tensors import QuantizedWeight, global_amax
 from jaxfp4.tensors.quantize import quantize_unchecked
@@ -193,6 +193,15 @@ def objective(kind: str, dtype: str, error: np.ndarray) -> np.ndarray:
         return np.array([np.square(x @ error).sum()])
     weights = np.square(x).sum(1)[:, :, None] if kind == "channels" else 1.0
     return (weights * error**2).reshape(E, D // 16, 16, F).sum(2)
+
+
+@each_algorithm
+@each_dtype
+def test_folding_first_is_the_same(algorithm, dtype):
+    job = parameters(dtype), planned(algorithm, dtype), collected(algorithm, dtype)
+    params, rest, stats = after_folding(*job)
+    assert not rest.folds and bool(job[1].folds) == (params is not job[0])
+    assert digest(quantize_params(params, rest, stats)) == digest(eager(algorithm, dtype))
 
 
 @each_algorithm

@@ -193,10 +193,34 @@ def test_bad_model_directories_are_one_line(model_dir, tmp_path, capsys):
     check_error(capsys, "model.safetensors", out)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "parts", "message"),
+    [
+        ("nvfp4_hadamard", ("out",), "is rotated in groups of 16, but no serving engine rotates"),
+        ("nvfp4_kv_nvfp4", ("out",), "key-value cache in NVFP4, which compressed-tensors cannot state"),
+        ("nvfp4", ("nowhere", "out"), "nowhere is no directory: wanted an existing one"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_work(model_dir, tokens, tmp_path, capsys, recipe, parts, message):
+    out = tmp_path.joinpath(*parts)
+    arguments = ["--recipe", recipe, "--calib", str(tokens), "--format", "compressed-tensors"]
+    assert main(["quantize", str(model_dir), str(out), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert "calibrating" not in captured.out
+    assert message in captured.err and not out.exists()
+
+
+def test_folded_channels_are_compared_with_folded_weights(model_dir, tokens, tmp_path, capsys):
+    arguments = ["--recipe", "nvfp4_smoothquant", "--calib", str(tokens), "--batch-size", "2"]
+    assert main(["quantize", str(model_dir), str(tmp_path / "out"), *arguments]) == 0
+    rows = re.findall(r"4\.5\d [│ ]+ (-?\d+\.\d\d) ", capsys.readouterr().out)
+    assert len(rows) > 3 and min(map(float, rows)) > 15
+
+
 def test_an_existing_target_is_left_alone(model_dir, tmp_path, capsys):
     (tmp_path / "mine").write_text("precious")
     assert main(["quantize", str(model_dir), str(tmp_path), "--recipe", "nvfp4_weight_only"]) == 2
-    assert "it exists already" in capsys.readouterr().err
+    assert "exists already: wanted a directory to create" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
