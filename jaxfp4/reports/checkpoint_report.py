@@ -30,7 +30,7 @@ from jaxfp4.checkpoints.verification.quantized_modules import (
 from jaxfp4.checkpoints.verification.verify_files import read_configs
 from jaxfp4.checkpoints.verification.verify_values import statistics_of
 from jaxfp4.formats.nvfp4 import TENSOR_DIVISOR
-from jaxfp4.reports.original_weights import original_weight
+from jaxfp4.reports.original_weights import changed_vectors, original_weight
 
 _PIECE_VALUES = 1 << 16
 _BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -101,6 +101,9 @@ class CheckpointReport:
     not_compared: int | None
     """NVFP4 weights without a counterpart in the original; None if there was no original."""
 
+    changed: tuple[str, ...] = ()
+    """Norms and biases with other values than in the original, as AWQ and SmoothQuant leave them."""
+
     @property
     def bits(self) -> float:
         """Average bits for each parameter."""
@@ -169,6 +172,7 @@ def inspect_checkpoint(
         nbytes,
         sum(weight.values for weight in weights) + rest,
         not_compared,
+        () if source is None else changed_vectors(checkpoint, source),
     )
 
 

@@ -117,6 +117,11 @@ def totals(report: CheckpointReport) -> list[str]:
     ]
     if report.not_compared:
         lines.append(f"{report.not_compared} NVFP4 weights have no counterpart in the original and were not compared")
+    if report.changed:
+        lines.append(
+            f"{len(report.changed)} norms or biases differ from the original's, such as {report.changed[0]!r}: where "
+            "AWQ or SmoothQuant scaled channels, the scales count as noise above"
+        )
     return lines
 
 
@@ -131,6 +136,7 @@ def as_json(report: CheckpointReport) -> dict[str, Any]:
         "quantized_parameters": report.quantized_values,
         "bits_per_parameter": _finite(report.bits),
         "compression": _finite(report.compression),
+        "changed": list(report.changed),
         "weights": [_weight_json(weight) for weight in report.weights],
     }
 

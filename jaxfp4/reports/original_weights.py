@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from jaxfp4.checkpoints.safetensors_file import Checkpoint
@@ -52,6 +53,21 @@ def _of_stack(source: Checkpoint, module: str, shape: tuple[int, ...] | None) ->
         return None
     matrix = matrix if matrix.shape == wanted else matrix.T
     return matrix[rows:] if last in _SECOND_HALF else matrix[:rows]
+
+
+def changed_vectors(checkpoint: Checkpoint, source: Checkpoint) -> tuple[str, ...]:
+    """The one-dimensional tensors, such as norms, whose values are not the original's rounded to their type."""
+    names = sorted(set(checkpoint.names()) & set(source.names()))
+    return tuple(name for name in names if len(checkpoint.info(name)[1]) == 1 and _is_changed(checkpoint, source, name))
+
+
+def _is_changed(checkpoint: Checkpoint, source: Checkpoint, name: str) -> bool:
+    before, after = _floats(source, name), _floats(checkpoint, name)
+    if before is None or after is None or before.shape != after.shape:
+        return False
+    with np.errstate(all="ignore"):
+        expected = before.astype(after.dtype)
+    return not np.array_equal(expected.view(np.uint8), after.view(np.uint8))
 
 
 def _floats(source: Checkpoint, name: str) -> NDArray[Any] | None:

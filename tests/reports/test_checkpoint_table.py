@@ -77,6 +77,23 @@ def test_totals(model):
     ]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_norms_that_are_not_the_originals_are_named(model, tmp_path, dtype):
+    directory, _ = model
+    params, _ = small_model()
+    layers = params["model"]["layers"]
+    for layer, value in (("0", 1.001), ("1", 2.0)):  # the first is 1 in the checkpoint's bfloat16
+        layers[layer]["input_layernorm"]["weight"] = jnp.full(SIZE, value, dtype)
+    plain_files(params).write(tmp_path / "original")
+    report = inspect_checkpoint(directory / "modelopt", original=tmp_path / "original")
+    name = "model.layers.1.input_layernorm.weight"
+    assert report.changed == (name,) and as_json(report)["changed"] == [name]
+    assert f"1 norms or biases differ from the original's, such as '{name}': where AWQ" in totals(report)[-1]
+    same = inspect_checkpoint(directory / "modelopt", original=directory / "original")
+    assert same.changed == () and "differ" not in "".join(totals(same))
+    assert inspect_checkpoint(directory / "modelopt").changed == ()
+
+
 def test_like_layers_and_experts_are_one_row(model):
     directory, _ = model
     report = inspect_checkpoint(directory / "modelopt", original=directory / "original")
