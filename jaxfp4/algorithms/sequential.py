@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,20 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxfp4.algorithms.activation_rounding import quantize_activation
-from jaxfp4.algorithms.calibration import Stats, calibrate, refuse_non_finite, tracked_progress
+from jaxfp4.algorithms.calibration import calibrate, tracked_progress
 from jaxfp4.algorithms.channels import after_folding
-from jaxfp4.algorithms.inputs import leaves_for, marks_for, tracked_weight
+from jaxfp4.algorithms.inputs import leaves_for
+from jaxfp4.algorithms.passes import Parameters, Passes, initial_parameters
 from jaxfp4.algorithms.quantization import quantize_weights
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.recipes.recipe import Scheme
 from jaxfp4.tensors import NVFP4Tensor, QuantizedTensor, QuantizedWeight
-from jaxfp4.tensors.mesh import replicated_beside
-from jaxfp4.tensors.pacing import paced
-from jaxfp4.transform.evaluate import evaluate
-from jaxfp4.transform.scope import Hooks
-from jaxfp4.transform.sites import OBSERVED, Meeting, Tracked
-from jaxfp4.transform.trace import ApplyFn, Leaves, trace
+from jaxfp4.transform.trace import ApplyFn, Leaves
 
 Index = tuple[int, ...]
 
@@ -72,10 +66,13 @@ def quantize_sequentially(
 
     Statistics of a block are taken with all blocks before it as they are once quantized, activations of W4A4 weights
     included, as GPTQ (arXiv 2210.17323) takes them: they are of the activations that the weights will meet. What
-    earlier blocks did wrong is not made good. Memory holds the statistics of one block at a time, one layer's if they
-    are stacked for a scan. The batches are gone through once for each block: one jitted pass per block, compiled once
-    for stacked layers, that computes the model as far as the block. Channel scales are chosen and folded before, on the
-    model as it is; a key-value cache is calibrated but not simulated.
+    earlier blocks did wrong is not made good. Channel scales are chosen and folded before, on the model as it is; a
+    key-value cache is calibrated but not simulated.
+
+    Of each batch the values that enter the next block are kept, so that a block is computed twice, whatever its depth:
+    for its statistics, in one jitted pass for all its weights, and once it is quantized. Where blocks are layers of one
+    scan, passes go through the whole scan and are compiled once. Memory holds these values of all batches and the
+    statistics of one block, one layer's if they are stacked for a scan.
 
     `batches` is kept as a list. Digests differ from those of `quantize_params` wherever statistics decide.
 
@@ -87,12 +84,11 @@ def quantize_sequentially(
     if plan.folds:
         stats = calibrate(apply_fn, params, batches, plan, progress=progress)
         params, plan, _ = after_folding(params, plan, stats)
-    leaves = leaves_for(plan, params)
-    values = {e.path: jnp.asarray(leaves.values[e.weight.leaf]) for e in plan.quantized}
-    state = _State(values, {}, {e.path: {} for e in plan.quantized})
-    observe = _observer(apply_fn, plan, leaves)
-    for block in tracked_progress(blocks_of(plan), "quantizing block by block", progress):
-        stats = _collected(plan, block, observe, state, batches)
+    leaves, blocks = leaves_for(plan, params), blocks_of(plan)
+    state = _State.of(plan, leaves)
+    passes = Passes(apply_fn, plan, leaves, [(b.paths, b.index) for b in blocks], state.parameters, batches)
+    for number, block in enumerate(tracked_progress(blocks, "quantizing block by block", progress)):
+        stats = passes.statistics(number, state.parameters)
         part = _part(plan, block)
         arrays = {e.path: state.values[e.path][_place(plan.by_path[e.path], block.index)] for e in part.quantized}
         state = state.with_block(plan, block, quantize_weights(part, arrays, stats))
@@ -104,105 +100,38 @@ def quantize_sequentially(
 class _State:
     """How far the quantization has come, by path."""
 
-    values: Mapping[str, Array]
-    """The weights as the model now computes with them: dequantized where they are done, rotated ones still rotated."""
-    scales: Mapping[str, Mapping[str, Array]]
-    """Over the layer axes, `done` as 1 or 0, and the `input_scale` of those that are done and have one."""
+    parameters: Parameters
     done: Mapping[str, Mapping[Index, QuantizedWeight]]
     """By layer, the results."""
 
+    @classmethod
+    def of(cls, plan: Plan, leaves: Leaves) -> _State:
+        """Nothing is quantized yet."""
+        return cls(initial_parameters(plan, leaves), {e.path: {} for e in plan.quantized})
+
+    @property
+    def values(self) -> Mapping[str, Array]:
+        """The weights as the model now computes with them."""
+        return self.parameters.values
+
     def with_block(self, plan: Plan, block: Block, found: Mapping[str, QuantizedWeight]) -> _State:
         """The state after another block."""
-        values, scales, done = dict(self.values), dict(self.scales), dict(self.done)
+        values, scales, done = dict(self.values), dict(self.parameters.scales), dict(self.done)
         for path, weight in found.items():
-            entry = plan.by_path[path]
-            sizes = entry.weight.sizes(entry.weight.layer_axes)
             done[path] = {**done[path], block.index: weight}
-            place, part = _place(entry, block.index), weight.weight.dequantize()
+            place, part = _place(plan.by_path[path], block.index), weight.weight.dequantize()
             values[path] = values[path].at[place].set(part) if block.index else part
             new = {"done": jnp.float32(1)}
             if weight.input_scale is not None:
                 new["input_scale"] = weight.input_scale
-            before = scales.get(path, {name: jnp.zeros(sizes) for name in new})
-            scales[path] = {name: before[name].at[block.index].set(number) for name, number in new.items()}
-        return _State(values, scales, done)
+            scales[path] = {name: scales[path][name].at[block.index].set(number) for name, number in new.items()}
+        return _State(dataclasses.replace(self.parameters, values=values, scales=scales), done)
 
 
 def _place(entry: PlannedWeight, index: Index) -> tuple[Any, ...]:
     """Where a layer is in the stack of its weight."""
     places = dict(zip(entry.weight.layer_axes, index, strict=True))
     return tuple(places.get(a, slice(None)) for a in range(len(entry.weight.shape)))
-
-
-Observe = Callable[..., Stats]
-
-
-def _observer(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observe:
-    """`(state, flags, stats, batch) -> stats`, jitted; `flags` are scales of the weights that are observed."""
-    by_leaf = {e.weight.leaf: e for e in plan.quantized}
-    others = [None if i in by_leaf else value for i, value in enumerate(leaves.values)]
-
-    def replace_activation(meeting: Meeting) -> Array:
-        done = meeting.weight.scale("done")
-        if done is None:
-            return meeting.activation
-        activation, scale = meeting.activation, meeting.weight.scale("input_scale")
-        if by_leaf[meeting.leaf].scheme is Scheme.W4A4:
-            # A layer that is not done yet has scale 0, and its activation is not used.
-            scale = None if scale is None else jnp.where(done > 0, scale, 1.0)
-            activation = quantize_activation(meeting, activation, scale)
-        else:
-            activation = meeting.rotated(activation)
-        return jnp.where(done > 0, activation, meeting.activation)
-
-    @paced
-    @functools.partial(jax.jit, static_argnums=0)
-    def observe(
-        paths: tuple[str, ...],
-        others: list[Any],
-        values: Mapping[str, Array],
-        scales: Mapping[str, Mapping[str, Array]],
-        flags: Mapping[str, Array],
-        stats: Stats,
-        *args: Any,
-    ) -> Stats:
-        inputs: list[Any] = list(others)
-        for leaf, entry in by_leaf.items():
-            tracked, path = tracked_weight(entry, values[entry.path]), entry.path
-            own = {**scales.get(path, {}), **(flags if path in paths else {})}
-            inputs[leaf] = dataclasses.replace(tracked, scales=own)
-        plain = tuple(value.value if isinstance(value, Tracked) else value for value in inputs)
-        traced = trace(apply_fn, dataclasses.replace(leaves, values=plain), args)
-        hooks = Hooks(
-            replace_activation=replace_activation,
-            statistics={plan.by_path[path].weight.leaf: plan.statistics[path] for path in paths},
-            marks=marks_for(plan, leaves, traced.body),
-        )
-        _, seen = evaluate(traced.body, [*inputs, *jax.tree.leaves(args)], hooks)
-        found = {path: seen.get(plan.by_path[path].weight.leaf, stats[path]) for path in paths}
-        return {path: plan.statistics[path].merge(stats[path], found[path]) for path in paths}
-
-    def of_batch(state: _State, flags: Mapping[str, Array], stats: Stats, batch: Any) -> Stats:
-        args = batch if isinstance(batch, tuple) else (batch,)
-        result: Stats = observe(tuple(sorted(stats)), others, state.values, state.scales, flags, stats, *args)
-        return result
-
-    return of_batch
-
-
-def _collected(plan: Plan, block: Block, observe: Observe, state: _State, batches: list[Any]) -> Stats:
-    """The statistics of a block's weights over all batches, of its own layer only."""
-    weights = {path: plan.by_path[path].weight for path in block.paths if path in plan.statistics}
-    initial = {path: plan.statistics[path].init(weight.sizes(weight.expert_axes)) for path, weight in weights.items()}
-    stats: Stats = replicated_beside(initial, state.values)
-    flags = {}
-    if block.index:
-        layers = plan.by_path[block.paths[0]].weight  # of all weights of a block they are as many
-        flags[OBSERVED] = jnp.zeros(layers.sizes(layers.layer_axes)).at[block.index].set(1)
-    for batch in batches if weights else ():
-        stats = observe(state, flags, stats, batch)
-    refuse_non_finite(stats)
-    return stats
 
 
 def _part(plan: Plan, block: Block) -> Plan:

@@ -1,0 +1,213 @@
+"""The passes of all batches through a model that is quantized block by block.
+
+Each batch is kept where the block begins that is next, as the values that go from block to block; a pass computes the
+model from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import Var
+
+from jaxfp4.algorithms.activation_rounding import quantize_activation
+from jaxfp4.algorithms.calibration import Stats, refuse_non_finite
+from jaxfp4.algorithms.inputs import marks_for, tracked_weight
+from jaxfp4.recipes.plan import Plan
+from jaxfp4.recipes.recipe import Scheme
+from jaxfp4.tensors.mesh import replicated_beside
+from jaxfp4.tensors.pacing import paced
+from jaxfp4.transform import jaxprs
+from jaxfp4.transform.evaluate import evaluate
+from jaxfp4.transform.scope import Hooks
+from jaxfp4.transform.sites import OBSERVED, Meeting, Tracked
+from jaxfp4.transform.staged import Stage, Staged
+from jaxfp4.transform.statistics import Statistic
+from jaxfp4.transform.trace import ApplyFn, Leaves, trace
+
+Layer = tuple[Sequence[str], tuple[int, ...]]
+"""The paths of a block's weights, and the place of the layer in their stacks."""
+
+Observed = Callable[["Parameters", tuple[Any, ...]], tuple[Stats, list[Array]]]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["others", "values", "scales", "flags"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """All that a pass computes with beside its batch."""
+
+    others: Sequence[Any]
+    """The leaves that are not quantized; None in the places of the others."""
+
+    values: Mapping[str, Array]
+    """The weights as the model now computes with them: dequantized where they are done, rotated ones still rotated."""
+
+    scales: Mapping[str, Mapping[str, Array]]
+    """Over the layer axes, `done` as 1 or 0, and the `input_scale` of weights that have one, 1 before they are done."""
+
+    flags: Mapping[str, Array]
+    """Of stacked weights that are observed, over the layer axes: 1 for the layer of the block, else 0."""
+
+
+def initial_parameters(plan: Plan, leaves: Leaves) -> Parameters:
+    """Before anything is quantized."""
+    by_leaf = {e.weight.leaf: e for e in plan.quantized}
+    others = [None if i in by_leaf else value for i, value in enumerate(leaves.values)]
+    values = {e.path: jnp.asarray(leaves.values[e.weight.leaf]) for e in plan.quantized}
+    sizes = {e.path: e.weight.sizes(e.weight.layer_axes) for e in plan.quantized}
+    scales = {path: {"done": jnp.zeros(size)} for path, size in sizes.items()}
+    for entry in plan.with_input_scale:
+        scales[entry.path]["input_scale"] = jnp.ones(sizes[entry.path])
+    flags = {path: jnp.zeros(size) for path, size in sizes.items() if size and path in plan.statistics}
+    scales, flags = replicated_beside((scales, flags), values)
+    return Parameters(others, values, scales, flags)
+
+
+class Passes:
+    """All batches on their way through the model."""
+
+    def __init__(
+        self,
+        apply_fn: ApplyFn,
+        plan: Plan,
+        leaves: Leaves,
+        layers: Sequence[Layer],
+        parameters: Parameters,
+        batches: Sequence[Any],
+    ):
+        self._plan, self._layers = plan, layers
+        observed = _observed_fn(apply_fn, plan, leaves)
+        traced: dict[Any, Staged] = {}
+        self._batches: list[_Batch] = []
+        for batch in batches:
+            args = batch if isinstance(batch, tuple) else (batch,)
+            data, treedef = jax.tree.flatten(args)
+            kind = (treedef, *map(jax.typeof, data))
+            if kind not in traced:
+                traced[kind] = _staged(observed, layers, parameters, args)
+            staged = traced[kind]
+            self._batches.append(_Batch(staged, dict(zip(staged.data, data, strict=True))))
+
+        # New functions, with which the compiled programs go: JAX keeps those of a function as long as it lives.
+        self._observe = paced(jax.jit(functools.partial(_observe, plan.statistics), static_argnums=(0, 1, 2)))
+        self._advance = paced(jax.jit(functools.partial(_evaluate), static_argnums=(0, 1, 2)))
+
+    def statistics(self, number: int, parameters: Parameters) -> Stats:
+        """The statistics of a block's weights over all batches, of its own layer only.
+
+        Blocks before it are done: `parameters` are those after them.
+        """
+        paths, index = self._layers[number]
+        weights = {path: self._plan.by_path[path].weight for path in paths if path in self._plan.statistics}
+        statistics = self._plan.statistics
+        initial = {path: statistics[path].init(weight.sizes(weight.expert_axes)) for path, weight in weights.items()}
+        stats: Stats = replicated_beside(initial, parameters.values)
+        if not weights:
+            return stats
+        flags = {p: f.at[index].set(1) if p in weights else f for p, f in parameters.flags.items()}
+        flat = jax.tree.leaves(dataclasses.replace(parameters, flags=flags))
+        for i, batch in enumerate(self._batches):
+            self._batches[i] = batch = batch.advanced(number, flat, self._advance)
+            results, values = batch.staged.stages[number].results, list(batch.values.values())
+            stats = self._observe(batch.staged, results, tuple(batch.values), flat, values, stats)
+        refuse_non_finite(stats)
+        return stats
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """A batch on its way."""
+
+    staged: Staged
+    values: Mapping[Var, Any]
+    """What has been computed of it and is needed further on."""
+
+    def advanced(self, number: int, parameters: list[Any], evaluate: Callable[..., list[Any]]) -> _Batch:
+        """The batch where a later stage begins."""
+        wanted = self.staged.carried[number]
+        if all(v in self.values for v in wanted):
+            return _Batch(self.staged, {v: self.values[v] for v in wanted})
+        found = evaluate(self.staged, wanted, tuple(self.values), parameters, list(self.values.values()))
+        return _Batch(self.staged, dict(zip(wanted, found, strict=True)))
+
+
+def _evaluate(
+    staged: Staged, wanted: tuple[Var, ...], known: tuple[Var, ...], parameters: list[Any], values: list[Any]
+) -> list[Any]:
+    return staged.evaluate(wanted, dict(zip(known, values, strict=True)), parameters)
+
+
+def _observe(
+    statistics: Mapping[str, Statistic],
+    staged: Staged,
+    results: tuple[int, ...],
+    known: tuple[Var, ...],
+    parameters: list[Any],
+    values: list[Any],
+    stats: Stats,
+) -> Stats:
+    """`stats` with those of a batch merged in."""
+    wanted = [staged.results[i] for i in results]
+    flat = staged.evaluate(wanted, dict(zip(known, values, strict=True)), parameters)
+    found: Stats = jax.tree.unflatten(jax.tree.structure(stats), flat)
+    return {path: statistics[path].merge(stats[path], state) for path, state in found.items()}
+
+
+def _staged(observed: Observed, layers: Sequence[Layer], parameters: Parameters, args: tuple[Any, ...]) -> Staged:
+    """The traced passes, one stage for each block."""
+    closed, shapes = jax.make_jaxpr(observed, return_shape=True)(parameters, args)
+    flat, treedef = jax.tree.flatten(parameters)
+    inputs: Parameters = jax.tree.unflatten(treedef, range(len(flat)))
+    results, _ = jax.tree.unflatten(jax.tree.structure(shapes), range(len(closed.out_avals)))
+    stages = []
+    for paths, _ in layers:
+        settled = [(inputs.values[path], inputs.scales[path]) for path in paths]
+        wanted = {path: results[path] for path in paths if path in results}
+        stages.append(Stage(tuple(jax.tree.leaves(settled)), tuple(jax.tree.leaves(wanted))))
+    data = range(len(flat), len(closed.in_avals))
+    return Staged(jaxprs.body_of(closed), data, stages)
+
+
+def _observed_fn(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observed:
+    """`(parameters, args) -> (stats, outputs)` of the model with activations quantized where their weight is done."""
+    by_leaf = {e.weight.leaf: e for e in plan.quantized}
+
+    def replace_activation(meeting: Meeting) -> Array:
+        done = meeting.weight.scale("done")
+        if done is None:
+            return meeting.activation
+        activation, scale = meeting.activation, meeting.weight.scale("input_scale")
+        if by_leaf[meeting.leaf].scheme is Scheme.W4A4:
+            activation = quantize_activation(meeting, activation, scale)
+        else:
+            activation = meeting.rotated(activation)
+        return jnp.where(done > 0, activation, meeting.activation)
+
+    def observed(parameters: Parameters, args: tuple[Any, ...]) -> tuple[Stats, list[Array]]:
+        inputs: list[Any] = list(parameters.others)
+        for leaf, entry in by_leaf.items():
+            path, own = entry.path, dict(parameters.scales[entry.path])
+            if path in parameters.flags:
+                own[OBSERVED] = parameters.flags[path]
+            inputs[leaf] = dataclasses.replace(tracked_weight(entry, parameters.values[path]), scales=own)
+        plain = tuple(value.value if isinstance(value, Tracked) else value for value in inputs)
+        traced = trace(apply_fn, dataclasses.replace(leaves, values=plain), args)
+        hooks = Hooks(
+            replace_activation=replace_activation,
+            statistics={plan.by_path[path].weight.leaf: statistic for path, statistic in plan.statistics.items()},
+            marks=marks_for(plan, leaves, traced.body),
+        )
+        outputs, seen = evaluate(traced.body, [*inputs, *jax.tree.leaves(args)], hooks)
+        weights = {path: plan.by_path[path].weight for path in plan.statistics}
+        neutral = {p: plan.statistics[p].init(weight.sizes(weight.expert_axes)) for p, weight in weights.items()}
+        return {path: seen.get(weight.leaf, neutral[path]) for path, weight in weights.items()}, outputs
+
+    return observed
