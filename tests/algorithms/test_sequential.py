@@ -185,6 +185,58 @@ def test_passes_do_not_begin_at_the_first_layer(recipe):
     assert calls == [len(X)] * count
 
 
+def layer(x, w):
+    return jax.nn.relu(x @ w)
+
+
+@jax.custom_vjp
+def with_derivative(x, w):
+    return layer(x, w)
+
+
+with_derivative.defvjp(lambda x, w: (layer(x, w), (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+ROWS, COLUMNS = jax.P("tp"), jax.P(None, "tp")
+
+
+def layers(one):
+    def apply(p, x):
+        return functools.reduce(one, (p[name] for name in MLP), x)
+
+    return apply
+
+
+def in_shard_map(function, in_specs, out_specs):
+    mesh = jax.make_mesh((4,), ("tp",), axis_types=(AxisType.Auto,))
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+FORMS = {
+    "jit": lambda: layers(jax.jit(layer)),
+    "remat": lambda: layers(jax.checkpoint(layer)),
+    "custom_vjp": lambda: layers(with_derivative),
+    "cond": lambda: layers(lambda x, w: jax.lax.cond(jnp.sum(x) > -1e30, layer, lambda x, w: x @ w, x, w)),
+    "loop": lambda: layers(lambda x, w: jax.lax.fori_loop(0, 1, lambda i, x: layer(x, w), x)),
+    "shard_map": lambda: layers(in_shard_map(layer, (ROWS, jax.P()), ROWS)),
+    "columns": lambda: layers(in_shard_map(layer, (jax.P(), COLUMNS), COLUMNS)),
+    "all in jit": lambda: jax.jit(layers(layer)),
+    "all in remat": lambda: jax.checkpoint(layers(layer)),
+    "all in shard_map": lambda: in_shard_map(layers(layer), (jax.P(), ROWS), ROWS),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_whatever_is_around_a_layer(form):
+    _, found = run(FORMS[form](), MLP, "nvfp4_weighted_mse")
+    for name, wanted in expected_of_plain_layers().items():
+        np.testing.assert_allclose(found[name].input_scale, wanted.input_scale, rtol=1e-5)
+        assert np.mean(np.asarray(found[name].weight.packed) != np.asarray(wanted.weight.packed)) < 0.005
+
+
+@functools.cache
+def expected_of_plain_layers():
+    return run(mlp, MLP, "nvfp4_weighted_mse")[1]
+
+
 def test_batches_of_several_shapes():
     batches = [X[0], X[1][:10], X[2]]
     _, found = run(mlp, MLP, "nvfp4_weighted_mse", batches)
