@@ -1,3 +1,5 @@
+"""When `paced` waits, and when it does not."""
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,8 +9,8 @@ from tests.tensors.meshes import mesh
 
 
 def costly(x):
-    # The CPU client computes at once what it takes for cheap.
-    return jax.lax.fori_loop(0, 100, lambda _, x: 0.5 * (x @ x), x)
+    # The CPU client computes at once what it takes for cheap, and a busy machine may not look for a while.
+    return jax.lax.fori_loop(0, 400, lambda _, x: 0.5 * (x @ x), x)
 
 
 @pytest.fixture
