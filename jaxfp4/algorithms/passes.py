@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,8 +31,16 @@ from jaxfp4.transform.staged import Stage, Staged
 from jaxfp4.transform.statistics import Statistic
 from jaxfp4.transform.trace import ApplyFn, Leaves, trace
 
-Layer = tuple[Sequence[str], tuple[int, ...]]
-"""The paths of a block's weights, and the place of the layer in their stacks."""
+Index = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Weights that are calibrated together: by path, and which entry of their layer axes."""
+
+    paths: tuple[str, ...]
+    index: Index = ()
+
 
 Observed = Callable[["Parameters", tuple[Any, ...]], tuple[Stats, list[Array]]]
 
@@ -79,11 +87,11 @@ class Passes:
         apply_fn: ApplyFn,
         plan: Plan,
         leaves: Leaves,
-        layers: Sequence[Layer],
+        blocks: Sequence[Block],
         parameters: Parameters,
         batches: Sequence[Any],
     ):
-        self._plan, self._layers = plan, layers
+        self._plan, self._blocks = plan, blocks
         observed = _observed_fn(apply_fn, plan, leaves)
         traced: dict[Any, Staged] = {}
         self._batches: list[_Batch] = []
@@ -92,7 +100,7 @@ class Passes:
             data, treedef = jax.tree.flatten(args)
             kind = (treedef, *map(jax.typeof, data))
             if kind not in traced:
-                traced[kind] = _staged(observed, layers, parameters, args)
+                traced[kind] = _staged(observed, blocks, parameters, args)
             staged = traced[kind]
             self._batches.append(_Batch(staged, dict(zip(staged.data, data, strict=True))))
 
@@ -105,14 +113,11 @@ class Passes:
 
         Blocks before it are done: `parameters` are those after them.
         """
-        paths, index = self._layers[number]
-        weights = {path: self._plan.by_path[path].weight for path in paths if path in self._plan.statistics}
-        statistics = self._plan.statistics
-        initial = {path: statistics[path].init(weight.sizes(weight.expert_axes)) for path, weight in weights.items()}
-        stats: Stats = replicated_beside(initial, parameters.values)
-        if not weights:
+        block = self._blocks[number]
+        stats: Stats = replicated_beside(_neutral(self._plan, block.paths), parameters.values)
+        if not stats:
             return stats
-        flags = {p: f.at[index].set(1) if p in weights else f for p, f in parameters.flags.items()}
+        flags = {p: f.at[block.index].set(1) if p in stats else f for p, f in parameters.flags.items()}
         flat = jax.tree.leaves(dataclasses.replace(parameters, flags=flags))
         for i, batch in enumerate(self._batches):
             self._batches[i] = batch = batch.advanced(number, flat, self._advance)
@@ -161,19 +166,25 @@ def _observe(
     return {path: statistics[path].merge(stats[path], state) for path, state in found.items()}
 
 
-def _staged(observed: Observed, layers: Sequence[Layer], parameters: Parameters, args: tuple[Any, ...]) -> Staged:
+def _staged(observed: Observed, blocks: Sequence[Block], parameters: Parameters, args: tuple[Any, ...]) -> Staged:
     """The traced passes, one stage for each block."""
     closed, shapes = jax.make_jaxpr(observed, return_shape=True)(parameters, args)
     flat, treedef = jax.tree.flatten(parameters)
     inputs: Parameters = jax.tree.unflatten(treedef, range(len(flat)))
     results, _ = jax.tree.unflatten(jax.tree.structure(shapes), range(len(closed.out_avals)))
     stages = []
-    for paths, _ in layers:
-        settled = [(inputs.values[path], inputs.scales[path]) for path in paths]
-        wanted = {path: results[path] for path in paths if path in results}
+    for block in blocks:
+        settled = [(inputs.values[path], inputs.scales[path]) for path in block.paths]
+        wanted = {path: results[path] for path in block.paths if path in results}
         stages.append(Stage(tuple(jax.tree.leaves(settled)), tuple(jax.tree.leaves(wanted))))
     data = range(len(flat), len(closed.in_avals))
     return Staged(jaxprs.body_of(closed), data, stages)
+
+
+def _neutral(plan: Plan, paths: Iterable[str]) -> Stats:
+    """The statistics of these weights, as far as they have any, before the first batch; of one layer of a stack."""
+    weights = {path: plan.by_path[path].weight for path in paths if path in plan.statistics}
+    return {path: plan.statistics[path].init(weight.sizes(weight.expert_axes)) for path, weight in weights.items()}
 
 
 def _observed_fn(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observed:
@@ -181,9 +192,7 @@ def _observed_fn(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observed:
     by_leaf = {e.weight.leaf: e for e in plan.quantized}
 
     def replace_activation(meeting: Meeting) -> Array:
-        done = meeting.weight.scale("done")
-        if done is None:
-            return meeting.activation
+        done: Any = meeting.weight.scale("done")
         activation, scale = meeting.activation, meeting.weight.scale("input_scale")
         if by_leaf[meeting.leaf].scheme is Scheme.W4A4:
             activation = quantize_activation(meeting, activation, scale)
@@ -206,8 +215,7 @@ def _observed_fn(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observed:
             marks=marks_for(plan, leaves, traced.body),
         )
         outputs, seen = evaluate(traced.body, [*inputs, *jax.tree.leaves(args)], hooks)
-        weights = {path: plan.by_path[path].weight for path in plan.statistics}
-        neutral = {p: plan.statistics[p].init(weight.sizes(weight.expert_axes)) for p, weight in weights.items()}
-        return {path: seen.get(weight.leaf, neutral[path]) for path, weight in weights.items()}, outputs
+        neutral = _neutral(plan, plan.statistics)
+        return {path: seen.get(plan.by_path[path].weight.leaf, state) for path, state in neutral.items()}, outputs
 
     return observed

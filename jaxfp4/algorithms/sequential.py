@@ -14,22 +14,12 @@ from jax import Array
 from jaxfp4.algorithms.calibration import calibrate, tracked_progress
 from jaxfp4.algorithms.channels import after_folding
 from jaxfp4.algorithms.inputs import leaves_for
-from jaxfp4.algorithms.passes import Parameters, Passes, initial_parameters
+from jaxfp4.algorithms.passes import Block, Index, Parameters, Passes, initial_parameters
 from jaxfp4.algorithms.quantization import quantize_weights
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.recipes.recipe import Scheme
 from jaxfp4.tensors import NVFP4Tensor, QuantizedTensor, QuantizedWeight
 from jaxfp4.transform.trace import ApplyFn, Leaves
-
-Index = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """Weights that are calibrated together: by path, and which entry of their layer axes."""
-
-    paths: tuple[str, ...]
-    index: Index = ()
 
 
 def blocks_of(plan: Plan) -> tuple[Block, ...]:
@@ -86,7 +76,7 @@ def quantize_sequentially(
         params, plan, _ = after_folding(params, plan, stats)
     leaves, blocks = leaves_for(plan, params), blocks_of(plan)
     state = _State.of(plan, leaves)
-    passes = Passes(apply_fn, plan, leaves, [(b.paths, b.index) for b in blocks], state.parameters, batches)
+    passes = Passes(apply_fn, plan, leaves, blocks, state.parameters, batches)
     for number, block in enumerate(tracked_progress(blocks, "quantizing block by block", progress)):
         stats = passes.statistics(number, state.parameters)
         part = _part(plan, block)

@@ -141,7 +141,7 @@ def _tensors_of(
     excluded: set[str] = set()
     for path, leaf in leaves:
         if isinstance(leaf, QuantizedWeight):
-            _refuse_unservable(path, leaf)
+            _refuse_unservable_leaf(path, leaf)
             if leaf.cache is not None:
                 cache_formats[leaf.cache.format] = path
             name = resolve_name(path, leaf.weight.shape, names.get(path), quantized=True)
@@ -189,7 +189,7 @@ def _only_cache_format(found: Mapping[CacheFormat, str], file_format: str) -> Ca
     return next(iter(found), None)
 
 
-def _refuse_unservable(path: str, leaf: QuantizedWeight) -> None:
+def _refuse_unservable_leaf(path: str, leaf: QuantizedWeight) -> None:
     weight = leaf.weight
     length = int(np.prod(weight.sizes))
     if isinstance(weight, FP8Tensor) and leaf.input_scale is None:

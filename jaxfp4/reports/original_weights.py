@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from jaxfp4.checkpoints.safetensors_file import Checkpoint
 from jaxfp4.checkpoints.verification.quantized_modules import PlainModule, StoredTensor
+from jaxfp4.reports.weights import differ
 
 _EXPERT = re.compile(r"(?P<experts>.*\bexperts)\.(?P<number>\d{1,9})\.(?P<last>gate_proj|up_proj|down_proj|w1|w2|w3)")
 _STACKS = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
@@ -63,11 +63,7 @@ def changed_vectors(checkpoint: Checkpoint, source: Checkpoint) -> tuple[str, ..
 
 def _is_changed(checkpoint: Checkpoint, source: Checkpoint, name: str) -> bool:
     before, after = _floats(source, name), _floats(checkpoint, name)
-    if before is None or after is None or before.shape != after.shape:
-        return False
-    with np.errstate(all="ignore"):
-        expected = before.astype(after.dtype)
-    return not np.array_equal(expected.view(np.uint8), after.view(np.uint8))
+    return before is not None and after is not None and before.shape == after.shape and differ(before, after)
 
 
 def _floats(source: Checkpoint, name: str) -> NDArray[Any] | None:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpy.typing import NDArray
 from rich.table import Table
 
 from jaxfp4.tensors import QuantizedWeight
@@ -43,7 +44,7 @@ def weight_quality(params: Any, qparams: Any) -> tuple[WeightQuality, ...]:
         odd = sorted(set(before.paths) ^ set(after.paths))[0]
         raise ValueError(f"params and qparams differ at {odd!r}: wanted the parameters that qparams was made from")
     for path, w, q in zip(before.paths, before.values, after.values, strict=True):
-        if not isinstance(q, QuantizedWeight) and _differ(w, q):
+        if not isinstance(q, QuantizedWeight) and w is not q and differ(np.asarray(w), np.asarray(q)):
             raise ValueError(
                 f"params and qparams differ in the values of {path!r}, which is not quantized: wanted the parameters "
                 "that qparams was made from; after AWQ or SmoothQuant pass fold_channel_scales(params, plan, stats)"
@@ -55,12 +56,14 @@ def weight_quality(params: Any, qparams: Any) -> tuple[WeightQuality, ...]:
     )
 
 
-def _differ(before: Any, after: Any) -> bool:
-    """Whether the values differ, NaN being one; in the type of `after`, which may have been rounded."""
-    if before is after:
-        return False
-    before, after = np.asarray(before), np.asarray(after)
-    return not np.array_equal(before.astype(after.dtype).view(np.uint8), after.view(np.uint8))
+def differ(before: NDArray[Any], after: NDArray[Any]) -> bool:
+    """Whether shapes or values differ, bit for bit, once `before` is rounded to the type of `after`."""
+    with np.errstate(all="ignore"):
+        expected = before.astype(after.dtype)
+    # Flat, as numpy has no other view of a scalar.
+    return before.shape != after.shape or not np.array_equal(
+        expected.reshape(-1).view(np.uint8), after.reshape(-1).view(np.uint8)
+    )
 
 
 def _quality(path: str, w: Array, q: QuantizedWeight) -> WeightQuality:

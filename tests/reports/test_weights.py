@@ -72,3 +72,11 @@ def test_what_was_rounded_does_not_differ(value):
     params, qparams = job(jnp.ones((32, 4)))
     params, qparams = {**params, "bias": jnp.full(4, value)}, {**qparams, "bias": jnp.full(4, value, jnp.bfloat16)}
     assert len(weight_quality(params, qparams)) == 1
+
+
+def test_numbers_without_axes_are_compared():
+    params, qparams = job(jnp.ones((32, 4)))
+    params, same = {**params, "gain": jnp.float32(0.1)}, {**qparams, "gain": jnp.bfloat16(0.1)}
+    assert len(weight_quality(params, same)) == 1
+    with pytest.raises(ValueError, match="differ in the values of 'gain'"):
+        weight_quality(params, {**qparams, "gain": jnp.bfloat16(0.2)})
