@@ -118,13 +118,18 @@ def test_few_codes_move_where_floats_are_summed(recipe):
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_gptq"])
 def test_layer_by_layer(recipe):
-    """Layers in a scan, each calibrated on the quantized ones before it: other sums, so few codes and scales move."""
+    """Layers in a scan, each calibrated on the quantized ones before it: other sums, so few codes and scales move.
+
+    Products in full float32: where activations differ by 1e-4, as in TF32, a fifth of GPTQ's later codes move on a CPU
+    too.
+    """
     params, batches, plan, _, _ = job(recipe)
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
     with jax.default_device(cpu):
         wanted = jaxfp4.weights(jaxfp4.quantize_sequentially(models.scanned, params, batches, plan, progress=False))
     arguments = on(device, (params, batches))
-    found = jaxfp4.weights(jaxfp4.quantize_sequentially(models.scanned, *arguments, plan, progress=False))
+    with jax.default_matmul_precision("highest"):
+        found = jaxfp4.weights(jaxfp4.quantize_sequentially(models.scanned, *arguments, plan, progress=False))
     assert found.keys() == wanted.keys()
     for path, weight in found.items():
         codes, others = (np.asarray(w.weight.packed) for w in (weight, wanted[path]))

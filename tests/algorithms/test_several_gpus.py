@@ -12,6 +12,7 @@ from kernels.arrays import KINDS, hostile
 from tensors.logical import assert_quantized
 from tensors.meshes import collectives, put
 
+import jaxfp4
 from jaxfp4.algorithms.encoders import encoder_for
 from jaxfp4.recipes import FourOverSix, Method, Mse
 from jaxfp4.tensors import block_amax, fake_quantize, global_amax, quantize, quantize_unchecked
@@ -160,3 +161,28 @@ def test_one_bad_value_on_the_last_gpu_is_an_error(mesh, bad):
     w[-1, -1, -1] = bad
     with pytest.raises(ValueError, match="holds NaN or Inf"):
         quantize(put(w, mesh(), STACK), 1)
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("x_spec", [P("ep"), P(None, ("tp", "ep")), P("tp", "ep")], ids=str)
+def test_calibration_of_split_activations(mesh, kind, x_spec):
+    """The statistics of split activations are those of the whole ones, sums but for their order."""
+    made = mesh(kind)
+    w, x = (np.random.default_rng(i).normal(size=s).astype(np.float32) for i, s in enumerate([(64, 32), (16, 64)]))
+
+    def statistics(params, x, out_sharding=None):
+        def apply(params, x):
+            return jnp.einsum("td,df->tf", x, params["w"], out_sharding=out_sharding)
+
+        plan = jaxfp4.plan(apply, params, x, recipe="nvfp4_gptq")
+        return jaxfp4.calibrate(apply, params, [x, x], plan, progress=False)["w"]
+
+    with jax.default_matmul_precision("highest"):
+        wanted = statistics({"w": on_cpu(w)}, on_cpu(x))
+        with jax.set_mesh(made):
+            # On Explicit axes JAX asks what becomes of a product over a split axis.
+            whole = P() if kind is AxisType.Explicit else None
+            found = statistics({"w": put(w, made, P())}, put(x, made, x_spec), whole)
+    np.testing.assert_array_equal(found["amax"], wanted["amax"])
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
