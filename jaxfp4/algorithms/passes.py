@@ -19,28 +19,21 @@ from jax.extend.core import Var
 from jaxfp4.algorithms.activation_rounding import quantize_activation
 from jaxfp4.algorithms.calibration import Stats, refuse_non_finite
 from jaxfp4.algorithms.inputs import marks_for, tracked_weight
+from jaxfp4.algorithms.layers import Block, as_arguments, kind_of
 from jaxfp4.recipes.plan import Plan
 from jaxfp4.recipes.recipe import Scheme
+from jaxfp4.tensors import QuantizedTensor
+from jaxfp4.tensors.memory import Layer, abstract, brought, stacks_of
 from jaxfp4.tensors.mesh import replicated_beside
 from jaxfp4.tensors.pacing import paced
 from jaxfp4.transform import jaxprs
 from jaxfp4.transform.evaluate import evaluate
+from jaxfp4.transform.programs import Program
 from jaxfp4.transform.scope import Hooks
 from jaxfp4.transform.sites import OBSERVED, Meeting, Tracked
 from jaxfp4.transform.staged import Stage, Staged
-from jaxfp4.transform.statistics import Statistic
+from jaxfp4.transform.statistics import State, Statistic
 from jaxfp4.transform.trace import ApplyFn, Leaves, trace
-
-Index = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """Weights that are calibrated together: by path, and which entry of their layer axes."""
-
-    paths: tuple[str, ...]
-    index: Index = ()
-
 
 Observed = Callable[["Parameters", tuple[Any, ...]], tuple[Stats, list[Array]]]
 
@@ -50,13 +43,13 @@ Observed = Callable[["Parameters", tuple[Any, ...]], tuple[Stats, list[Array]]]
 )
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """All that a pass computes with beside its batch."""
+    """All that a pass computes with beside its batch. Arrays are brought to the devices when a pass needs them."""
 
     others: Sequence[Any]
-    """The leaves that are not quantized; None in the places of the others."""
+    """The leaves that are not quantized, arrays or `Layer`s; None in the places of the others."""
 
-    values: Mapping[str, Array]
-    """The weights as the model now computes with them: dequantized where they are done, rotated ones still rotated."""
+    values: Mapping[str, Any]
+    """The weights: arrays or `Layer`s, and `QuantizedTensor`s where they are done. Rotated ones are still rotated."""
 
     scales: Mapping[str, Mapping[str, Array]]
     """Over the layer axes, `done` as 1 or 0, and the `input_scale` of weights that have one, 1 before they are done."""
@@ -64,18 +57,34 @@ class Parameters:
     flags: Mapping[str, Array]
     """Of stacked weights that are observed, over the layer axes: 1 for the layer of the block, else 0."""
 
+    def flat(self) -> list[Any]:
+        """All of it in the order of the traced passes' inputs."""
+        return jax.tree.leaves(self, is_leaf=_is_brought)
+
+    def abstract(self) -> Parameters:
+        """What the passes are traced with."""
+        return jax.tree.map(abstract, self, is_leaf=_is_brought)
+
+
+def _is_brought(value: object) -> bool:
+    return isinstance(value, (Layer, QuantizedTensor))
+
+
+def _brought(value: Any) -> Array:
+    return value.dequantize() if isinstance(value, QuantizedTensor) else brought(value)
+
 
 def initial_parameters(plan: Plan, leaves: Leaves) -> Parameters:
     """Before anything is quantized."""
     by_leaf = {e.weight.leaf: e for e in plan.quantized}
     others = [None if i in by_leaf else value for i, value in enumerate(leaves.values)]
-    values = {e.path: jnp.asarray(leaves.values[e.weight.leaf]) for e in plan.quantized}
+    values = {e.path: leaves.values[e.weight.leaf] for e in plan.quantized}
     sizes = {e.path: e.weight.sizes(e.weight.layer_axes) for e in plan.quantized}
     scales = {path: {"done": jnp.zeros(size)} for path, size in sizes.items()}
     for entry in plan.with_input_scale:
         scales[entry.path]["input_scale"] = jnp.ones(sizes[entry.path])
     flags = {path: jnp.zeros(size) for path, size in sizes.items() if size and path in plan.statistics}
-    scales, flags = replicated_beside((scales, flags), values)
+    scales, flags = replicated_beside((scales, flags), stacks_of(values))
     return Parameters(others, values, scales, flags)
 
 
@@ -96,17 +105,16 @@ class Passes:
         traced: dict[Any, Staged] = {}
         self._batches: list[_Batch] = []
         for batch in batches:
-            args = batch if isinstance(batch, tuple) else (batch,)
-            data, treedef = jax.tree.flatten(args)
-            kind = (treedef, *map(jax.typeof, data))
+            args = as_arguments(batch)
+            kind = kind_of(args)
             if kind not in traced:
                 traced[kind] = _staged(observed, blocks, parameters, args)
             staged = traced[kind]
-            self._batches.append(_Batch(staged, dict(zip(staged.data, data, strict=True))))
+            self._batches.append(_Batch(staged, dict(zip(staged.data, jax.tree.leaves(args), strict=True))))
 
         # New functions, with which the compiled programs go: JAX keeps those of a function as long as it lives.
-        self._observe = paced(jax.jit(functools.partial(_observe, plan.statistics), static_argnums=(0, 1, 2)))
-        self._advance = paced(jax.jit(functools.partial(_evaluate), static_argnums=(0, 1, 2)))
+        self._advance = paced(jax.jit(functools.partial(_advance), static_argnums=0))
+        self._observe = paced(jax.jit(functools.partial(_observe), static_argnums=(0, 1)))
 
     def statistics(self, number: int, parameters: Parameters) -> Stats:
         """The statistics of a block's weights over all batches, of its own layer only.
@@ -114,17 +122,27 @@ class Passes:
         Blocks before it are done: `parameters` are those after them.
         """
         block = self._blocks[number]
-        stats: Stats = replicated_beside(_neutral(self._plan, block.paths), parameters.values)
+        stats: Stats = replicated_beside(_neutral(self._plan, block.paths), stacks_of(parameters.values))
         if not stats:
             return stats
         flags = {p: f.at[block.index].set(1) if p in stats else f for p, f in parameters.flags.items()}
-        flat = jax.tree.leaves(dataclasses.replace(parameters, flags=flags))
+        flat = dataclasses.replace(parameters, flags=flags).flat()
+        # Programs of several batches share what is brought; it is freed with the block.
+        at_hand = functools.cache(lambda i: _brought(flat[i]))
+        paths = [path for path in block.paths if path in stats]
+        statistics = tuple(self._plan.statistics[path] for path in paths)
+        states = [stats[path] for path in paths]
         for i, batch in enumerate(self._batches):
-            self._batches[i] = batch = batch.advanced(number, flat, self._advance)
-            results, values = batch.staged.stages[number].results, list(batch.values.values())
-            stats = self._observe(batch.staged, results, tuple(batch.values), flat, values, stats)
+            self._batches[i] = batch = batch.at_stage(number, at_hand, self._advance)
+            program = batch.staged.observe(number)
+            states = self._observe(program, statistics, batch.inputs(program, at_hand), states)
+        stats = dict(zip(paths, states, strict=True))
         refuse_non_finite(stats)
         return stats
+
+
+AtHand = Callable[[int], Array]
+"""An input of the traced passes by number, on the devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,47 +153,45 @@ class _Batch:
     values: Mapping[Var, Any]
     """What has been computed of it and is needed further on."""
 
-    def advanced(self, number: int, parameters: list[Any], evaluate: Callable[..., list[Any]]) -> _Batch:
+    stage: int | None = None
+    """Where it is; None before the first stage."""
+
+    def at_stage(self, number: int, at_hand: AtHand, advance: Callable[..., list[Any]]) -> _Batch:
         """The batch where a later stage begins."""
-        wanted = self.staged.carried[number]
-        if all(v in self.values for v in wanted):
-            return _Batch(self.staged, {v: self.values[v] for v in wanted})
-        found = evaluate(self.staged, wanted, tuple(self.values), parameters, list(self.values.values()))
-        return _Batch(self.staged, dict(zip(wanted, found, strict=True)))
+        program, wanted = self.staged.advance(self.stage, number), self.staged.carried[number]
+        inputs = self.inputs(program, at_hand)
+        found = advance(program, inputs) if program.eqns else program(inputs)
+        return _Batch(self.staged, dict(zip(wanted, found, strict=True)), number)
+
+    def inputs(self, program: Program, at_hand: AtHand) -> list[Any]:
+        """What a program starts from."""
+        own = {**self.staged.consts, **self.values}
+        return [own[v] if v in own else at_hand(self.staged.parameters[v]) for v in program.inputs]
 
 
-def _evaluate(
-    staged: Staged, wanted: tuple[Var, ...], known: tuple[Var, ...], parameters: list[Any], values: list[Any]
-) -> list[Any]:
-    return staged.evaluate(wanted, dict(zip(known, values, strict=True)), parameters)
+def _advance(program: Program, inputs: Sequence[Any]) -> list[Any]:
+    return program(inputs)
 
 
 def _observe(
-    statistics: Mapping[str, Statistic],
-    staged: Staged,
-    results: tuple[int, ...],
-    known: tuple[Var, ...],
-    parameters: list[Any],
-    values: list[Any],
-    stats: Stats,
-) -> Stats:
-    """`stats` with those of a batch merged in."""
-    wanted = [staged.results[i] for i in results]
-    flat = staged.evaluate(wanted, dict(zip(known, values, strict=True)), parameters)
-    found: Stats = jax.tree.unflatten(jax.tree.structure(stats), flat)
-    return {path: statistics[path].merge(stats[path], state) for path, state in found.items()}
+    program: Program, statistics: Sequence[Statistic], inputs: Sequence[Any], states: Sequence[State]
+) -> list[State]:
+    """`states` with those of a batch merged in."""
+    found: list[State] = jax.tree.unflatten(jax.tree.structure(states), program(inputs))
+    return [s.merge(state, new) for s, state, new in zip(statistics, states, found, strict=True)]
 
 
 def _staged(observed: Observed, blocks: Sequence[Block], parameters: Parameters, args: tuple[Any, ...]) -> Staged:
     """The traced passes, one stage for each block."""
-    closed, shapes = jax.make_jaxpr(observed, return_shape=True)(parameters, args)
-    flat, treedef = jax.tree.flatten(parameters)
+    avals = parameters.abstract()
+    closed, shapes = jax.make_jaxpr(observed, return_shape=True)(avals, args)
+    flat, treedef = jax.tree.flatten(avals)
     inputs: Parameters = jax.tree.unflatten(treedef, range(len(flat)))
     results, _ = jax.tree.unflatten(jax.tree.structure(shapes), range(len(closed.out_avals)))
     stages = []
     for block in blocks:
         settled = [(inputs.values[path], inputs.scales[path]) for path in block.paths]
-        wanted = {path: results[path] for path in block.paths if path in results}
+        wanted = [results[path] for path in block.paths if path in results]
         stages.append(Stage(tuple(jax.tree.leaves(settled)), tuple(jax.tree.leaves(wanted))))
     data = range(len(flat), len(closed.in_avals))
     return Staged(jaxprs.body_of(closed), data, stages)

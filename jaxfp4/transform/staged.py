@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from jaxfp4.transform import jaxprs
+from jaxfp4.transform.programs import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +37,12 @@ class Staged:
         invars = body.jaxpr.invars
         self.results: tuple[jaxprs.Atom, ...] = tuple(body.jaxpr.outvars)
         self.stages = tuple(stages)
-        self._consts = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
-        self._parameters = [v for i, v in enumerate(invars) if i not in data]
+        self.consts = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
+        self.parameters = {v: i for i, v in enumerate(invars) if i not in data}
+        """The inputs that are not data, with their numbers."""
         self.data = tuple(v for i, v in enumerate(invars) if i in data)
         self._eqns = _needed(body.jaxpr.eqns, self.results)
+        self._programs: dict[tuple[int | None, ...], Program] = {}
         staged = {i for stage in stages for i in stage.results}
         own = [atom for i, atom in enumerate(self.results) if i not in staged]
         self._own = {id(eqn) for eqn in _needed(self._eqns, own)}
@@ -63,16 +66,20 @@ class Staged:
         used = dict.fromkeys(atom for atom in (*wanted, *(a for eqn in late for a in eqn.invars)) if _is_variable(atom))
         return tuple(v for v in used if v in of_data and v not in made)
 
-    def evaluate(self, wanted: Sequence[jaxprs.Atom], known: Mapping[Var, Any], parameters: Sequence[Any]) -> list[Any]:
-        """The wanted values, from known ones and from all inputs that are not data, in their order."""
-        env: dict[Var, Any] = {**self._consts, **dict(zip(self._parameters, parameters, strict=True)), **known}
+    def advance(self, start: int | None, number: int) -> Program:
+        """What computes the values that a stage starts from, from those of another stage or from the data."""
+        known = self.data if start is None else self.carried[start]
+        return self._program((start, number), self.carried[number], known)
 
-        def read(atom: jaxprs.Atom) -> Any:
-            return atom.val if isinstance(atom, Literal) else env[atom]
+    def observe(self, number: int) -> Program:
+        """What computes the results of a stage from the values that it starts from."""
+        wanted = [self.results[i] for i in self.stages[number].results]
+        return self._program((number,), wanted, self.carried[number])
 
-        for eqn in _needed(self._eqns, wanted, known):
-            env.update(zip(eqn.outvars, jaxprs.bind(eqn, [read(atom) for atom in eqn.invars]), strict=True))
-        return [read(atom) for atom in wanted]
+    def _program(self, key: tuple[int | None, ...], wanted: Sequence[jaxprs.Atom], known: Collection[Var]) -> Program:
+        if key not in self._programs:
+            self._programs[key] = Program(tuple(_needed(self._eqns, wanted, known)), tuple(wanted))
+        return self._programs[key]
 
 
 def _is_variable(atom: jaxprs.Atom) -> TypeGuard[Var]:

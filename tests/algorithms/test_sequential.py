@@ -19,7 +19,7 @@ from jaxfp4.algorithms import (
     quantized,
     weights,
 )
-from jaxfp4.algorithms.sequential import blocks_of
+from jaxfp4.algorithms.layers import blocks_of
 from jaxfp4.formats import LeafError
 from jaxfp4.recipes import plan
 

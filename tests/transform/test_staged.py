@@ -24,10 +24,15 @@ def staged(function, settles, results, data=1):
 def through(job, data=(X,)):
     """The sums of the results of all stages, and how many values each starts from."""
     parameters, values, results, counts = list(BEFORE), dict(zip(job.data, data, strict=True)), [], []
-    for stage, carried in zip(job.stages, job.carried, strict=True):
-        values = dict(zip(carried, job.evaluate(carried, values, parameters), strict=True))
+
+    def run(program):
+        known = {**job.consts, **{v: parameters[i] for v, i in job.parameters.items()}, **values}
+        return program([known[v] for v in program.inputs])
+
+    for number, stage in enumerate(job.stages):
+        values = dict(zip(job.carried[number], run(job.advance(number - 1 if number else None, number)), strict=True))
         counts.append(len(values))
-        results += job.evaluate([job.results[i] for i in stage.results], values, parameters)
+        results += run(job.observe(number))
         for i in stage.settles:
             parameters[i] = AFTER[i]
     return [float(jnp.sum(r)) for r in results], counts

@@ -1,0 +1,196 @@
+"""The layers of a model: which weights are calibrated together, and stacked ones taken apart and put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxfp4.recipes.plan import Plan, PlannedWeight
+from jaxfp4.tensors import NVFP4Tensor, QuantizedTensor, QuantizedWeight
+from jaxfp4.transform.trace import ApplyFn, Leaves
+from jaxfp4.transform.unrolled import Index, Split, find_split, unrolled
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Weights that are calibrated together: by path, and which entry of their layer axes."""
+
+    paths: tuple[str, ...]
+    index: Index = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model with the plan for it, whose stacked layers are parameters of their own where that can be."""
+
+    apply_fn: ApplyFn
+    plan: Plan
+    leaves: Leaves
+    blocks: tuple[Block, ...]
+    split: Split
+    entries: tuple[PlannedWeight, ...]
+    """What is quantized of the model as it was."""
+
+    def joined(self, results: Mapping[str, QuantizedWeight]) -> dict[int, QuantizedWeight]:
+        """By leaf of the model as it was, the results by path of this one."""
+
+        def of(entry: PlannedWeight) -> QuantizedWeight:
+            leaf = entry.weight.leaf
+            if leaf not in self.split.axes:
+                return results[entry.path]
+            return stacked(entry, {index: results[_name(entry.path, index)] for index in self.split.indices(leaf)})
+
+        return {entry.weight.leaf: of(entry) for entry in self.entries}
+
+
+def layers_apart(apply_fn: ApplyFn, plan: Plan, leaves: Leaves, batches: Iterable[Any]) -> Model:
+    """The model with loops over layers unrolled. It stays as it is where one of them picks its layers by itself."""
+    layered = {e.weight.leaf: e.weight.layer_axes for e in plan.quantized if e.weight.layer_axes}
+    found = [find_split(apply_fn, leaves, args, layered) for args in _kinds(batches)] if layered else []
+    splits = [split for split in found if split is not None]
+    whole = Split(leaves, {}, {})
+    if not layered or len(splits) < len(found):
+        return Model(apply_fn, plan, leaves, blocks_of(plan), whole, plan.quantized)
+    split = Split(leaves, {n: axes for s in splits for n, axes in s.axes.items()}, splits[0].loops)
+    values = split.apart()
+    numbers = dict(zip(_places(split), itertools.count()))
+    entries = tuple(_of_layer(e, index, numbers) for e in plan.quantized for index in split.indices(e.weight.leaf))
+    blocks = [Block(tuple(_name(path, block.index) for path in block.paths)) for block in blocks_of(plan, split.loops)]
+    paths = tuple(_name(leaves.paths[leaf], index) for leaf, index in numbers)
+    apart = Leaves(paths, tuple(values), jax.tree.structure(list(range(len(values)))))
+    return Model(
+        unrolled(apply_fn, split),
+        dataclasses.replace(plan, entries=entries),
+        apart,
+        tuple(blocks),
+        split,
+        plan.quantized,
+    )
+
+
+def _places(split: Split) -> list[tuple[int, Index]]:
+    return [(leaf, index) for leaf in range(len(split.leaves.values)) for index in split.indices(leaf)]
+
+
+def _kinds(batches: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Arguments of each type among the batches."""
+    kinds: dict[Any, tuple[Any, ...]] = {}
+    for batch in batches:
+        args = as_arguments(batch)
+        kinds.setdefault(kind_of(args), args)
+    return list(kinds.values())
+
+
+def as_arguments(batch: Any) -> tuple[Any, ...]:
+    """A batch is the tuple of arguments, or the one argument."""
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
+def kind_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a function is compiled for."""
+    data, treedef = jax.tree.flatten(args)
+    return (treedef, *map(jax.typeof, data))
+
+
+def _name(path: str, index: Index) -> str:
+    """The path of one layer of a stack, such as `layers/q[3]`."""
+    return f"{path}[{','.join(map(str, index))}]" if index else path
+
+
+def _of_layer(entry: PlannedWeight, index: Index, numbers: Mapping[tuple[int, Index], int]) -> PlannedWeight:
+    single = without_layers(entry)
+    weight = single.weight
+    siblings = tuple(_name(path, index) for path in weight.siblings)
+    leaf = numbers[weight.leaf, index]
+    moved = dataclasses.replace(weight, path=_name(entry.path, index), leaf=leaf, siblings=siblings)
+    return dataclasses.replace(single, weight=moved)
+
+
+def blocks_of(plan: Plan, loops: Mapping[int, int] | None = None) -> tuple[Block, ...]:
+    """The plan's quantized weights in blocks of layers, in the order in which the model uses them.
+
+    Weights whose paths agree up to the first number are a layer, such as `layers/0`; others are one with their
+    siblings. Of layers stacked for a scan each is a block of all weights of the stack; `loops` tells weights of several
+    scans apart, by leaf.
+    """
+    groups: dict[object, list[PlannedWeight]] = {}
+    for entry in sorted(plan.quantized, key=lambda e: e.weight.first_use):
+        first = min(plan.siblings(entry), key=lambda e: e.weight.first_use)
+        stacked = entry.weight.sizes(entry.weight.layer_axes)
+        key: object = _layer(first.path) or first.path
+        if stacked:
+            key = stacked, (loops or {}).get(entry.weight.leaf)
+        groups.setdefault(key, []).append(entry)
+    blocks: list[Block] = []
+    for entries in groups.values():
+        paths = tuple(entry.path for entry in entries)
+        weight = entries[0].weight
+        blocks += [Block(paths, index) for index in np.ndindex(weight.sizes(weight.layer_axes))]
+    return tuple(blocks)
+
+
+def _layer(path: str) -> tuple[str, ...]:
+    """A path up to its first number; nothing if it has none."""
+    parts = path.split("/")
+    place = next((i for i, part in enumerate(parts) if part.rsplit("_", 1)[-1].isdigit()), None)
+    return () if place is None else tuple(parts[: place + 1])
+
+
+def without_layers(entry: PlannedWeight) -> PlannedWeight:
+    """The entry of one layer of a stacked weight."""
+    weight = entry.weight
+    kept = [a for a in range(len(weight.shape)) if a not in weight.layer_axes]
+    single = dataclasses.replace(
+        weight,
+        shape=tuple(weight.shape[a] for a in kept),
+        contracted=tuple(kept.index(a) for a in weight.contracted),
+        expert_axes=tuple(kept.index(a) for a in weight.expert_axes),
+        layer_axes=(),
+    )
+    return dataclasses.replace(entry, weight=single)
+
+
+def stacked(entry: PlannedWeight, layers: Mapping[Index, QuantizedWeight]) -> QuantizedWeight:
+    """The layers' results as one weight with its layer axes."""
+    weight = entry.weight
+    if not weight.layer_axes:
+        return layers[()]
+    sizes = weight.sizes(weight.layer_axes)
+    results = [layers[index] for index in sorted(layers)]
+
+    rank = len(weight.shape)
+    first = results[0].weight
+    # Merged contraction axes are one in packed codes and scales.
+    lost = weight.contracted[:-1] if isinstance(first, NVFP4Tensor) and first.blocking.merged else ()
+    places = [a - sum(merged < a for merged in lost) for a in weight.layer_axes]
+
+    def in_front(*parts: Array) -> Array:
+        return jnp.stack(parts).reshape(*sizes, *parts[0].shape)
+
+    def in_place(*parts: Array) -> Array:
+        return jnp.moveaxis(in_front(*parts), range(len(sizes)), places)
+
+    tensors = [result.weight for result in results]
+    scales = [t.global_scale.reshape(t.global_scale.shape or (1,) * (rank - len(sizes))) for t in tensors]
+    # Global scales have the layer axes of the parameter, the other arrays perhaps fewer axes.
+    codes: QuantizedTensor = jax.tree.map(in_place, *map(_without_global_scale, tensors))
+    tensor = dataclasses.replace(
+        codes,
+        global_scale=jnp.moveaxis(in_front(*scales), range(len(sizes)), weight.layer_axes),
+        axes=tuple(a - rank for a in weight.contracted),
+    )
+    # Beside the tensor there are numbers, one for each layer.
+    bare = [dataclasses.replace(result, weight=None) for result in results]  # type: ignore[arg-type]
+    numbers: QuantizedWeight = jax.tree.map(in_front, *bare)
+    return dataclasses.replace(numbers, weight=tensor)
+
+
+def _without_global_scale(tensor: QuantizedTensor) -> QuantizedTensor:
+    return dataclasses.replace(tensor, global_scale=None)  # type: ignore[arg-type]

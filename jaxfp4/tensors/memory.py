@@ -1,0 +1,103 @@
+"""Parameters that are brought to the devices when they are needed: arrays in host memory, layers of stacked ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jaxfp4.tensors.pacing import paced
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer of a stacked array: at `index[a]` along each axis `a` of `index`."""
+
+    stack: Any
+    index: Mapping[int, int]
+
+    @property
+    def place(self) -> tuple[int | slice, ...]:
+        """What indexes the stack."""
+        return tuple(self.index.get(a, slice(None)) for a in range(self.stack.ndim))
+
+
+def in_host_memory(x: object) -> bool:
+    """Whether an array lies in another memory than its devices', such as `pinned_host`."""
+    if not isinstance(x, Array) or isinstance(x, jax.core.Tracer):
+        return False
+    kind = x.sharding.memory_kind
+    return kind is not None and kind != _device_memory(x.sharding)
+
+
+def on_devices(tree: Any) -> Any:
+    """A tree whose arrays in host memory are copied to the memory of their devices, with the same sharding."""
+    return jax.tree.map(lambda x: jax.device_put(x, _in_device_memory(x.sharding)) if in_host_memory(x) else x, tree)
+
+
+def stacks_of(tree: Any) -> Any:
+    """A tree with the whole stacks in the places of layers."""
+    return jax.tree.map(lambda x: x.stack if isinstance(x, Layer) else x, tree, is_leaf=lambda x: isinstance(x, Layer))
+
+
+def brought(value: Array | np.ndarray | Layer) -> Array:
+    """An array in the memory of its devices; of a layer whose stack is in host memory, only that layer is copied."""
+    if not isinstance(value, Layer):
+        return jax.numpy.asarray(on_devices(value))
+    if in_host_memory(value.stack) and (sharding := _of_layer(value)) is not None:
+        parts = [jax.device_put(np.asarray(s.data)[value.place], s.device) for s in value.stack.addressable_shards]
+        return jax.make_array_from_single_device_arrays(_shape(value), sharding, parts)
+    return _picked(on_devices(value.stack), value.place)
+
+
+def abstract(value: Array | np.ndarray | Layer) -> Any:
+    """What a function is traced with in the place of what `brought` returns."""
+    stack = value.stack if isinstance(value, Layer) else value
+    if isinstance(stack, np.ndarray):
+        dtype = jax.numpy.asarray(stack.reshape(-1)[:0]).dtype
+        return jax.ShapeDtypeStruct(_shape(value) if isinstance(value, Layer) else stack.shape, dtype)
+    if isinstance(value, Layer):
+        return _abstract(stack, _shape(value), _of_layer(value))
+    return _abstract(stack, stack.shape, _in_device_memory(stack.sharding)) if in_host_memory(value) else value
+
+
+def _abstract(x: Array, shape: tuple[int, ...], sharding: Sharding | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding, weak_type=jax.typeof(x).weak_type)
+
+
+@paced
+def _picked(stack: Any, place: tuple[int | slice, ...]) -> Array:
+    return jax.numpy.asarray(stack[place])
+
+
+def _shape(layer: Layer) -> tuple[int, ...]:
+    return tuple(n for a, n in enumerate(layer.stack.shape) if a not in layer.index)
+
+
+def _device_memory(sharding: Sharding) -> str:
+    device: Any = next(iter(sharding.device_set))
+    kind: str = device.default_memory().kind
+    return kind
+
+
+def _in_device_memory(sharding: Sharding) -> Sharding:
+    return sharding.with_memory_kind(_device_memory(sharding))
+
+
+def _of_layer(layer: Layer) -> Sharding | None:
+    """The sharding of a layer whose stack is not split by layers; None for others."""
+    sharding = layer.stack.sharding
+    if isinstance(sharding, SingleDeviceSharding):
+        return _in_device_memory(sharding)
+    if not isinstance(sharding, NamedSharding):
+        return None
+    spec = (*sharding.spec, *[None] * (layer.stack.ndim - len(sharding.spec)))
+    if any(spec[a] is not None for a in layer.index):
+        return None
+    kept = PartitionSpec(*(names for a, names in enumerate(spec) if a not in layer.index))
+    return _in_device_memory(NamedSharding(sharding.mesh, kept))

@@ -1,0 +1,234 @@
+"""A function whose loops over stacked layers are unrolled, so that each layer is a parameter of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.extend.core import JaxprEqn, Literal, Var
+
+from jaxfp4.tensors.memory import Layer, abstract
+from jaxfp4.transform import jaxprs
+from jaxfp4.transform.trace import ApplyFn, Leaves, trace
+
+Index = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A stacked array as the arrays of its layers, by their places along `axes` of it."""
+
+    layers: Mapping[Index, Any]
+    axes: tuple[int, ...]
+    leaf: int
+
+    def dimension(self, d: int) -> int:
+        """The dimension of a layer that is dimension `d` of the stacked array."""
+        return d - sum(a < d for a in self.axes)
+
+    def mapped(self, function: Callable[[Any], Any]) -> Parts:
+        """The same of a function of each layer."""
+        return dataclasses.replace(self, layers={index: function(x) for index, x in self.layers.items()})
+
+    def transposed(self, permutation: Sequence[int]) -> Parts:
+        """What `transpose` makes of the stacked array."""
+        own = [self.dimension(d) for d in permutation if d not in self.axes]
+        moved = self if own == sorted(own) else self.mapped(lambda x: lax.transpose(x, own))
+        return dataclasses.replace(moved, axes=tuple(list(permutation).index(a) for a in self.axes))
+
+    def sliced(self, starts: Sequence[int], limits: Sequence[int]) -> Parts:
+        """What `slice` makes of the stacked array."""
+        bounds = [(starts[a], limits[a]) for a in self.axes]
+        kept = {
+            tuple(i - low for i, (low, _) in zip(index, bounds, strict=True)): x
+            for index, x in self.layers.items()
+            if all(low <= i < high for i, (low, high) in zip(index, bounds, strict=True))
+        }
+        own = [d for d in range(len(starts)) if d not in self.axes]
+        cut = [starts[d] for d in own], [limits[d] for d in own]
+        return dataclasses.replace(self, layers=kept).mapped(lambda x: lax.slice(x, *cut))
+
+    def without(self, dimensions: Sequence[int]) -> Any:
+        """What `squeeze` makes of the stacked array: dimensions of size 1 are dropped."""
+        own = [self.dimension(d) for d in dimensions if d not in self.axes]
+        kept = [i for i, a in enumerate(self.axes) if a not in dimensions]
+        axes = tuple(self.axes[i] - sum(d < self.axes[i] for d in dimensions) for i in kept)
+        layers = {tuple(index[i] for i in kept): lax.squeeze(x, own) for index, x in self.layers.items()}
+        return dataclasses.replace(self, layers=layers, axes=axes) if axes else layers[()]
+
+    def entry(self, i: int) -> Any:
+        """One entry along dimension 0, along which layers lie."""
+        place = self.axes.index(0)
+        layers = {(*n[:place], *n[place + 1 :]): x for n, x in self.layers.items() if n[place] == i}
+        axes = tuple(a - 1 for a in self.axes if a)
+        return dataclasses.replace(self, layers=layers, axes=axes) if axes else layers[()]
+
+    def joined(self) -> Array:
+        """The stacked array."""
+        sizes = [n + 1 for n in max(self.layers)]
+        stacked = jnp.stack([self.layers[index] for index in sorted(self.layers)])
+        return jnp.moveaxis(stacked.reshape(*sizes, *stacked.shape[1:]), range(len(sizes)), self.axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Parameters of which some are taken apart into layers."""
+
+    leaves: Leaves
+    """All as they are."""
+
+    axes: Mapping[int, tuple[int, ...]]
+    """Of those that are taken apart, by number, the axes along which their layers lie."""
+
+    loops: Mapping[int, int]
+    """Of some of them, the number of the loop that goes over their layers."""
+
+    def indices(self, leaf: int) -> list[Index]:
+        """The layers of a parameter; one without place for a parameter that is not taken apart."""
+        axes = self.axes.get(leaf, ())
+        return list(np.ndindex(*(self.leaves.values[leaf].shape[a] for a in axes)))
+
+    def apart(self) -> list[Any]:
+        """All parameters, `Layer`s of those that are taken apart."""
+        result = []
+        for leaf, value in enumerate(self.leaves.values):
+            axes = self.axes.get(leaf)
+            layers = (
+                [value] if axes is None else [Layer(value, dict(zip(axes, i, strict=True))) for i in self.indices(leaf)]
+            )
+            result += layers
+        return result
+
+    def joined(self, values: Sequence[Any]) -> list[Any]:
+        """One value for each parameter: of those that are taken apart, `Parts`."""
+        rest = iter(values)
+        result = []
+        for leaf in range(len(self.leaves.values)):
+            layers = {index: next(rest) for index in self.indices(leaf)}
+            axes = self.axes.get(leaf)
+            result.append(layers[()] if axes is None else Parts(layers, axes, leaf))
+        return result
+
+
+def find_split(
+    apply_fn: ApplyFn, leaves: Leaves, args: tuple[Any, ...], layered: Mapping[int, tuple[int, ...]]
+) -> Split | None:
+    """How to take parameters apart so that each layer of `layered` ones, given by their axes, is one of its own.
+
+    What is scanned beside them is taken apart too. None if one of them goes elsewhere than into scans over its layers
+    or slices: into a loop that picks layers by itself, say.
+    """
+    split = Split(leaves, layered, {})
+    unroller = _Unroller()
+    body = _body(apply_fn, leaves, args)
+
+    def walk(values: list[Any], args: tuple[Any, ...]) -> None:
+        inputs = [*split.joined(values), *jax.tree.leaves(args)]
+        unroller.known = {id(x): leaf for leaf, x in enumerate(inputs[: len(leaves.values)])}
+        unroller.run(body, inputs)
+
+    jax.eval_shape(walk, [abstract(x) for x in split.apart()], args)
+    if unroller.whole & layered.keys():
+        return None
+    return Split(leaves, {**layered, **dict.fromkeys(unroller.beside - layered.keys(), (0,))}, unroller.loops)
+
+
+def unrolled(apply_fn: ApplyFn, split: Split) -> ApplyFn:
+    """`apply_fn` as a function of a list of parameters, `split.apart()`."""
+
+    def function(values: Sequence[Any], *args: Any) -> Any:
+        traced = trace(apply_fn, _abstract(split.leaves), args)
+        results = _Unroller().run(traced.body, [*split.joined(values), *jax.tree.leaves(args)])
+        return jax.tree.unflatten(traced.out_tree, [x.joined() if isinstance(x, Parts) else x for x in results])
+
+    return function
+
+
+def _body(apply_fn: ApplyFn, leaves: Leaves, args: tuple[Any, ...]) -> jaxprs.Body:
+    return trace(apply_fn, _abstract(leaves), args).body
+
+
+def _abstract(leaves: Leaves) -> Leaves:
+    return dataclasses.replace(leaves, values=tuple(map(abstract, leaves.values)))
+
+
+class _Unroller:
+    """Evaluates a jaxpr some of whose values are `Parts`."""
+
+    def __init__(self) -> None:
+        self.known: Mapping[int, int] = {}
+        """Parameters that are no `Parts` yet: their numbers by the identity of the value."""
+        self.whole: set[int] = set()
+        """Parameters whose layers had to be put together."""
+        self.beside: set[int] = set()
+        """Those of `known` over which a loop goes that is unrolled."""
+        self.loops: dict[int, int] = {}
+        """By parameter, the first loop that goes over its layers."""
+        self._count = 0
+
+    def run(self, body: jaxprs.Body, inputs: Sequence[Any]) -> list[Any]:
+        """The results, arrays or `Parts`."""
+        env: dict[Var, Any] = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
+        env.update(zip(body.jaxpr.invars, inputs, strict=True))
+
+        def read(atom: jaxprs.Atom) -> Any:
+            return atom.val if isinstance(atom, Literal) else env[atom]
+
+        for eqn in body.jaxpr.eqns:
+            env.update(zip(eqn.outvars, self._results(eqn, [read(a) for a in eqn.invars]), strict=True))
+        return [read(atom) for atom in body.jaxpr.outvars]
+
+    def _results(self, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
+        if not any(isinstance(x, Parts) for x in operands):
+            return jaxprs.bind(eqn, operands)
+        name, first = eqn.primitive.name, operands[0]
+        if name in jaxprs.CALLS:
+            return self.run(jaxprs.body_of(eqn.params[jaxprs.CALLS[name]]), operands)
+        if name == "scan":
+            return self._scan(eqn, operands)
+        if name in ("convert_element_type", "copy", "copy_p"):
+            return [first.mapped(lambda x: jaxprs.bind(eqn, [x])[0])]
+        if name == "sharding_constraint":
+            # It is one of the whole stack, and changes no value.
+            return [first]
+        if name == "transpose":
+            return [first.transposed(eqn.params["permutation"])]
+        if name == "slice" and not eqn.params["strides"]:
+            return [first.sliced(eqn.params["start_indices"], eqn.params["limit_indices"])]
+        if name == "squeeze":
+            return [first.without(eqn.params["dimensions"])]
+        return jaxprs.bind(eqn, [self._whole(x) for x in operands])
+
+    def _whole(self, x: Any) -> Any:
+        if not isinstance(x, Parts):
+            return x
+        self.whole.add(x.leaf)
+        return x.joined()
+
+    def _scan(self, eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+        parts = jaxprs.scan_parts(eqn)
+        outer, xs = operands[: -parts.xs or None], operands[len(operands) - parts.xs :]
+        outer = [self._whole(x) for x in outer]
+        xs = [x if isinstance(x, Parts) and 0 in x.axes else self._whole(x) for x in xs]
+        if not any(isinstance(x, Parts) for x in xs):
+            return jaxprs.bind(eqn, [*outer, *xs])
+        self._count += 1
+        for x in xs:
+            if isinstance(x, Parts):
+                self.loops.setdefault(x.leaf, self._count)
+            elif id(x) in self.known:
+                self.beside.add(self.known[id(x)])
+        consts, carry = outer[: parts.consts], outer[parts.consts :]
+        body = jaxprs.body_of(eqn.params["jaxpr"])
+        steps = range(eqn.params["length"])
+        ys: dict[int, list[Any]] = {}
+        for i in reversed(steps) if eqn.params["reverse"] else steps:
+            entries = [x.entry(i) if isinstance(x, Parts) else lax.index_in_dim(x, i, keepdims=False) for x in xs]
+            results = [self._whole(x) for x in self.run(body, [*consts, *carry, *entries])]
+            carry, ys[i] = results[: parts.carry], results[parts.carry :]
+        return [*carry, *(jnp.stack(column) for column in zip(*(ys[i] for i in steps), strict=True))]
