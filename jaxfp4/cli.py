@@ -70,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--calib-field", metavar="NAME", help="what of a .jsonl object: text, messages or tokens")
     command.add_argument("--samples", type=_positive, help="rows of calibration data, the first; by default 512")
     command.add_argument("--all-experts", action="store_true", help="calibrate all experts on all tokens")
+    command.add_argument(
+        "--host-memory",
+        action="store_true",
+        help="for a model larger than the devices' memory: block of layers by block",
+    )
     command.add_argument("--format", default="modelopt", choices=("modelopt", "compressed-tensors"))
     command.add_argument("--expert-scale", default="stack", choices=("stack", "expert"))
     command.add_argument("--batch-size", type=_positive, help="rows of calibration data at a time; by default 8")
@@ -171,6 +176,7 @@ def _quantize(options: argparse.Namespace, console: Console) -> None:
         sequence_length=options.sequence_length,
         field=options.calib_field,
         every_expert=options.all_experts,
+        host_memory=options.host_memory,
         max_shard_bytes=options.max_shard_bytes,
         console=console,
         **_given(samples=options.samples, batch_size=options.batch_size),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxfp4.algorithms.calibration import used_stats
+from jaxfp4.algorithms.statistics import used_stats
 from jaxfp4.formats import LeafError
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.tensors.cache import CacheAmax

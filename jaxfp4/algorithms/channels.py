@@ -15,14 +15,15 @@ from jax import Array
 from numpy.typing import NDArray
 
 from jaxfp4.algorithms.awq import activation_error, awq_scales, output_error
-from jaxfp4.algorithms.calibration import Stats, used_stats
 from jaxfp4.algorithms.inputs import leaves_for
 from jaxfp4.algorithms.moments import reduced
 from jaxfp4.algorithms.smoothquant import smoothquant_scales
+from jaxfp4.algorithms.statistics import Stats, used_stats
 from jaxfp4.recipes.methods import Awq
 from jaxfp4.recipes.plan import ActiveFold, Plan, PlannedWeight
 from jaxfp4.recipes.recipe import Scheme
 from jaxfp4.tensors import global_amax, quantize_unchecked
+from jaxfp4.tensors.memory import on_devices
 from jaxfp4.tensors.mesh import moved_beside, replicated
 from jaxfp4.tensors.pacing import paced
 from jaxfp4.transform.folding import Side, apply_fold
@@ -102,10 +103,12 @@ def _scales(plan: Plan, active: ActiveFold, arrays: Mapping[int, Array], stats: 
     for entry, side in active.consumers:
         observed = _layers_first(entry, side, stats[entry.path][name], maximum=name == "channel_amax")
         activation = _gathered(activation, side, observed)
-        weight = _gathered(weight, side, _channel_amax(entry, side, arrays[entry.weight.leaf]))
+        weight = _gathered(weight, side, _channel_amax(entry, side, on_devices(arrays[entry.weight.leaf])))
     if not isinstance(active.scaling, Awq):
         return smoothquant_scales(activation, weight, active.scaling.alpha)
-    views = [_View.of(plan, entry, side, arrays[entry.weight.leaf], stats) for entry, side in active.consumers]
+    views = [
+        _View.of(plan, entry, side, on_devices(arrays[entry.weight.leaf]), stats) for entry, side in active.consumers
+    ]
     return _searched(activation, weight, views, active.scaling.steps)
 
 

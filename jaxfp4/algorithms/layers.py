@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jax import Array
 
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.tensors import NVFP4Tensor, QuantizedTensor, QuantizedWeight
+from jaxfp4.transform.statistics import State, Statistic
 from jaxfp4.transform.trace import ApplyFn, Leaves
 from jaxfp4.transform.unrolled import Index, Split, find_split, unrolled
 
@@ -34,6 +35,9 @@ class Model:
     plan: Plan
     leaves: Leaves
     blocks: tuple[Block, ...]
+    statistics: Mapping[str, Statistic]
+    """By path, what is collected of the activation that a weight meets."""
+
     split: Split
     entries: tuple[PlannedWeight, ...]
     """What is quantized of the model as it was."""
@@ -49,6 +53,17 @@ class Model:
 
         return {entry.weight.leaf: of(entry) for entry in self.entries}
 
+    def joined_stats(self, found: Mapping[tuple[str, Index], State]) -> dict[str, State]:
+        """By path of the model as it was, the states of its layers, which are given by path and block of this one."""
+        result: dict[str, State] = {}
+        for entry in self.entries:
+            weight, apart = entry.weight, entry.weight.leaf in self.split.axes
+            indices = list(np.ndindex(weight.sizes(weight.layer_axes)))
+            names = [(_name(entry.path, i), ()) if apart else (entry.path, i) for i in indices]
+            if names[0] in found:
+                result[entry.path] = _stacked_states(entry, [found[name] for name in names])
+        return result
+
 
 def layers_apart(apply_fn: ApplyFn, plan: Plan, leaves: Leaves, batches: Iterable[Any]) -> Model:
     """The model with loops over layers unrolled. It stays as it is where one of them picks its layers by itself."""
@@ -57,7 +72,7 @@ def layers_apart(apply_fn: ApplyFn, plan: Plan, leaves: Leaves, batches: Iterabl
     splits = [split for split in found if split is not None]
     whole = Split(leaves, {}, {})
     if not layered or len(splits) < len(found):
-        return Model(apply_fn, plan, leaves, blocks_of(plan), whole, plan.quantized)
+        return Model(apply_fn, plan, leaves, blocks_of(plan), plan.statistics, whole, plan.quantized)
     split = Split(leaves, {n: axes for s in splits for n, axes in s.axes.items()}, splits[0].loops)
     values = split.apart()
     numbers = dict(zip(_places(split), itertools.count()))
@@ -65,14 +80,14 @@ def layers_apart(apply_fn: ApplyFn, plan: Plan, leaves: Leaves, batches: Iterabl
     blocks = [Block(tuple(_name(path, block.index) for path in block.paths)) for block in blocks_of(plan, split.loops)]
     paths = tuple(_name(leaves.paths[leaf], index) for leaf, index in numbers)
     apart = Leaves(paths, tuple(values), jax.tree.structure(list(range(len(values)))))
-    return Model(
-        unrolled(apply_fn, split),
-        dataclasses.replace(plan, entries=entries),
-        apart,
-        tuple(blocks),
-        split,
-        plan.quantized,
-    )
+    # Of the plan as it was: what folds need is not known of single layers.
+    statistics = {
+        _name(path, index): statistic
+        for path, statistic in plan.statistics.items()
+        for index in split.indices(plan.by_path[path].weight.leaf)
+    }
+    single = dataclasses.replace(plan, entries=entries)
+    return Model(unrolled(apply_fn, split), single, apart, tuple(blocks), statistics, split, plan.quantized)
 
 
 def _places(split: Split) -> list[tuple[int, Index]]:
@@ -141,6 +156,21 @@ def _layer(path: str) -> tuple[str, ...]:
     parts = path.split("/")
     place = next((i for i, part in enumerate(parts) if part.rsplit("_", 1)[-1].isdigit()), None)
     return () if place is None else tuple(parts[: place + 1])
+
+
+def _stacked_states(entry: PlannedWeight, states: Sequence[State]) -> State:
+    """Statistics with the layer axes of the weight, from those of its layers in order."""
+    weight = entry.weight
+    if not weight.layer_axes:
+        return states[0]
+    sizes = weight.sizes(weight.layer_axes)
+    places = [weight.stack_axes.index(a) for a in weight.layer_axes]
+
+    def stack(*layers: Array) -> Array:
+        in_front = jnp.stack(layers).reshape(*sizes, *layers[0].shape)
+        return jnp.moveaxis(in_front, range(len(sizes)), places)
+
+    return jax.tree.map(stack, *states)
 
 
 def without_layers(entry: PlannedWeight) -> PlannedWeight:

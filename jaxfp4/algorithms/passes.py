@@ -17,10 +17,9 @@ from jax import Array
 from jax.extend.core import Var
 
 from jaxfp4.algorithms.activation_rounding import quantize_activation
-from jaxfp4.algorithms.calibration import Stats, refuse_non_finite
 from jaxfp4.algorithms.inputs import marks_for, tracked_weight
-from jaxfp4.algorithms.layers import Block, as_arguments, kind_of
-from jaxfp4.recipes.plan import Plan
+from jaxfp4.algorithms.layers import Block, Model, as_arguments, kind_of
+from jaxfp4.algorithms.statistics import Stats, refuse_non_finite
 from jaxfp4.recipes.recipe import Scheme
 from jaxfp4.tensors import QuantizedTensor
 from jaxfp4.tensors.memory import Layer, abstract, brought, stacks_of
@@ -33,7 +32,7 @@ from jaxfp4.transform.scope import Hooks
 from jaxfp4.transform.sites import OBSERVED, Meeting, Tracked
 from jaxfp4.transform.staged import Stage, Staged
 from jaxfp4.transform.statistics import State, Statistic
-from jaxfp4.transform.trace import ApplyFn, Leaves, trace
+from jaxfp4.transform.trace import trace
 
 Observed = Callable[["Parameters", tuple[Any, ...]], tuple[Stats, list[Array]]]
 
@@ -74,8 +73,9 @@ def _brought(value: Any) -> Array:
     return value.dequantize() if isinstance(value, QuantizedTensor) else brought(value)
 
 
-def initial_parameters(plan: Plan, leaves: Leaves) -> Parameters:
+def initial_parameters(model: Model) -> Parameters:
     """Before anything is quantized."""
+    plan, leaves = model.plan, model.leaves
     by_leaf = {e.weight.leaf: e for e in plan.quantized}
     others = [None if i in by_leaf else value for i, value in enumerate(leaves.values)]
     values = {e.path: leaves.values[e.weight.leaf] for e in plan.quantized}
@@ -83,7 +83,7 @@ def initial_parameters(plan: Plan, leaves: Leaves) -> Parameters:
     scales = {path: {"done": jnp.zeros(size)} for path, size in sizes.items()}
     for entry in plan.with_input_scale:
         scales[entry.path]["input_scale"] = jnp.ones(sizes[entry.path])
-    flags = {path: jnp.zeros(size) for path, size in sizes.items() if size and path in plan.statistics}
+    flags = {path: jnp.zeros(size) for path, size in sizes.items() if size and path in model.statistics}
     scales, flags = replicated_beside((scales, flags), stacks_of(values))
     return Parameters(others, values, scales, flags)
 
@@ -91,24 +91,16 @@ def initial_parameters(plan: Plan, leaves: Leaves) -> Parameters:
 class Passes:
     """All batches on their way through the model."""
 
-    def __init__(
-        self,
-        apply_fn: ApplyFn,
-        plan: Plan,
-        leaves: Leaves,
-        blocks: Sequence[Block],
-        parameters: Parameters,
-        batches: Sequence[Any],
-    ):
-        self._plan, self._blocks = plan, blocks
-        observed = _observed_fn(apply_fn, plan, leaves)
+    def __init__(self, model: Model, parameters: Parameters, batches: Sequence[Any]):
+        self._model = model
+        observed = _observed_fn(model)
         traced: dict[Any, Staged] = {}
         self._batches: list[_Batch] = []
         for batch in batches:
             args = as_arguments(batch)
             kind = kind_of(args)
             if kind not in traced:
-                traced[kind] = _staged(observed, blocks, parameters, args)
+                traced[kind] = _staged(observed, model.blocks, parameters, args)
             staged = traced[kind]
             self._batches.append(_Batch(staged, dict(zip(staged.data, jax.tree.leaves(args), strict=True))))
 
@@ -121,8 +113,8 @@ class Passes:
 
         Blocks before it are done: `parameters` are those after them.
         """
-        block = self._blocks[number]
-        stats: Stats = replicated_beside(_neutral(self._plan, block.paths), stacks_of(parameters.values))
+        block = self._model.blocks[number]
+        stats: Stats = replicated_beside(_neutral(self._model, block.paths), stacks_of(parameters.values))
         if not stats:
             return stats
         flags = {p: f.at[block.index].set(1) if p in stats else f for p, f in parameters.flags.items()}
@@ -130,7 +122,7 @@ class Passes:
         # Programs of several batches share what is brought; it is freed with the block.
         at_hand = functools.cache(lambda i: _brought(flat[i]))
         paths = [path for path in block.paths if path in stats]
-        statistics = tuple(self._plan.statistics[path] for path in paths)
+        statistics = tuple(self._model.statistics[path] for path in paths)
         states = [stats[path] for path in paths]
         for i, batch in enumerate(self._batches):
             self._batches[i] = batch = batch.at_stage(number, at_hand, self._advance)
@@ -197,14 +189,15 @@ def _staged(observed: Observed, blocks: Sequence[Block], parameters: Parameters,
     return Staged(jaxprs.body_of(closed), data, stages)
 
 
-def _neutral(plan: Plan, paths: Iterable[str]) -> Stats:
+def _neutral(model: Model, paths: Iterable[str]) -> Stats:
     """The statistics of these weights, as far as they have any, before the first batch; of one layer of a stack."""
-    weights = {path: plan.by_path[path].weight for path in paths if path in plan.statistics}
-    return {path: plan.statistics[path].init(weight.sizes(weight.expert_axes)) for path, weight in weights.items()}
+    weights = {path: model.plan.by_path[path].weight for path in paths if path in model.statistics}
+    return {path: model.statistics[path].init(weight.sizes(weight.expert_axes)) for path, weight in weights.items()}
 
 
-def _observed_fn(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observed:
+def _observed_fn(model: Model) -> Observed:
     """`(parameters, args) -> (stats, outputs)` of the model with activations quantized where their weight is done."""
+    plan, leaves = model.plan, model.leaves
     by_leaf = {e.weight.leaf: e for e in plan.quantized}
 
     def replace_activation(meeting: Meeting) -> Array:
@@ -224,14 +217,14 @@ def _observed_fn(apply_fn: ApplyFn, plan: Plan, leaves: Leaves) -> Observed:
                 own[OBSERVED] = parameters.flags[path]
             inputs[leaf] = dataclasses.replace(tracked_weight(entry, parameters.values[path]), scales=own)
         plain = tuple(value.value if isinstance(value, Tracked) else value for value in inputs)
-        traced = trace(apply_fn, dataclasses.replace(leaves, values=plain), args)
+        traced = trace(model.apply_fn, dataclasses.replace(leaves, values=plain), args)
         hooks = Hooks(
             replace_activation=replace_activation,
-            statistics={plan.by_path[path].weight.leaf: statistic for path, statistic in plan.statistics.items()},
+            statistics={plan.by_path[path].weight.leaf: statistic for path, statistic in model.statistics.items()},
             marks=marks_for(plan, leaves, traced.body),
         )
         outputs, seen = evaluate(traced.body, [*inputs, *jax.tree.leaves(args)], hooks)
-        neutral = _neutral(plan, plan.statistics)
+        neutral = _neutral(model, model.statistics)
         return {path: seen.get(plan.by_path[path].weight.leaf, state) for path, state in neutral.items()}, outputs
 
     return observed

@@ -12,18 +12,19 @@ import numpy as np
 from jax import Array
 
 from jaxfp4.algorithms.cache import cache_amaxes
-from jaxfp4.algorithms.calibration import Stats, input_scales, used_stats
 from jaxfp4.algorithms.channels import folded
 from jaxfp4.algorithms.encoders import encoder_for
 from jaxfp4.algorithms.inputs import leaves_for
 from jaxfp4.algorithms.maximum import shared_amaxes
 from jaxfp4.algorithms.moments import moments_for
+from jaxfp4.algorithms.statistics import Stats, input_scales, used_stats
 from jaxfp4.algorithms.together import quantized_together
 from jaxfp4.formats import LeafError
 from jaxfp4.formats.errors import leaf as naming_leaf
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.tensors import QuantizedWeight, global_amax, quantize_fp8, quantize_unchecked
 from jaxfp4.tensors.cache import CacheAmax
+from jaxfp4.tensors.memory import in_host_memory, on_devices
 from jaxfp4.tensors.mesh import on_accelerators
 
 
@@ -34,6 +35,9 @@ def quantize_params(params: Any, plan: Plan, stats: Mapping[str, Any] | None = N
     from `stats`; without them weights are quantized all the same if their method needs none, and `quantized` takes the
     scale of W4A4 activations from each activation as it comes. Weights keep their sharding and are quantized one after
     the other. Where the plan has channel scales to fold, other parameters change too, as `fold_channel_scales` says.
+
+    Parameters in host memory (`memory_kind="pinned_host"`) are brought to the devices one group of siblings after the
+    other; the result is in device memory.
 
     With `donate` each weight's memory is freed once it and its siblings are quantized, so that the peak is that of the
     parameters and one group of siblings; `params` cannot be used afterwards, also after an error.
@@ -48,7 +52,7 @@ def quantize_params(params: Any, plan: Plan, stats: Mapping[str, Any] | None = N
     release = _Release(leaves.values, values) if donate else None
     quantized = quantize_weights(plan, {e.path: values[e.weight.leaf] for e in plan.quantized}, used, release)
     by_leaf = {e.weight.leaf: quantized[e.path] for e in plan.quantized}
-    return leaves.rebuilt([by_leaf.get(i, value) for i, value in values.items()])
+    return leaves.rebuilt([by_leaf.get(i, on_devices(value)) for i, value in values.items()])
 
 
 class _Release:
@@ -92,15 +96,17 @@ def quantize_weights(
     together = on_accelerators(arrays) if together is None else together
     quantized: dict[str, QuantizedWeight] = {}
     # To free weights in between is to wait for each group.
-    for batch in [groups] if release is None else [[group] for group in groups]:
-        found = quantized_together(plan, batch if together else [], arrays)
+    one_by_one = release is not None or any(map(in_host_memory, arrays.values()))
+    for batch in [[group] for group in groups] if one_by_one else [groups]:
+        near = {e.path: on_devices(arrays[e.path]) for group in batch for e in group}
+        found = quantized_together(plan, batch if together else [], near)
         done = {path: QuantizedWeight(tensor) for path, tensor in found.tensors.items()}
         for group in batch:
             if group[0].path not in done:
-                done.update(_quantized_group(plan, group, arrays, used))
-        if release is not None:
+                done.update(_quantized_group(plan, group, near, used))
+        if one_by_one:
             jax.block_until_ready(done)
-        _refuse_non_finite(arrays, done, found.finite)
+        _refuse_non_finite(near, done, found.finite)
         if release is not None:
             release(batch[0])
         quantized.update(done)

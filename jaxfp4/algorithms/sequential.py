@@ -7,19 +7,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
 
-from jaxfp4.algorithms.calibration import calibrate, tracked_progress
+from jaxfp4.algorithms.calibration import NO_BATCHES, calibrate, tracked_progress
 from jaxfp4.algorithms.channels import after_folding
 from jaxfp4.algorithms.inputs import leaves_for
-from jaxfp4.algorithms.layers import Block, layers_apart, stacked, without_layers
+from jaxfp4.algorithms.layers import Block, Model, layers_apart, stacked, without_layers
 from jaxfp4.algorithms.passes import Parameters, Passes, initial_parameters
 from jaxfp4.algorithms.quantization import quantize_weights
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.recipes.recipe import Scheme
 from jaxfp4.tensors import QuantizedWeight
-from jaxfp4.tensors.memory import brought
-from jaxfp4.transform.trace import ApplyFn, Leaves
+from jaxfp4.tensors.memory import brought, on_devices
+from jaxfp4.transform.trace import ApplyFn
 from jaxfp4.transform.unrolled import Index
 
 
@@ -37,7 +36,8 @@ def quantize_sequentially(
     for its statistics, in one jitted pass for all its weights, and once it is quantized. Blocks of one form, as the
     layers of a model are, share one compiled pass, in a list of layers as in a scan. A loop that picks its layers by
     itself is passed from its beginning for each of them. Memory holds these values of all batches and the statistics of
-    one block.
+    one block. Parameters in host memory (`memory_kind="pinned_host"`) are brought to the devices block by block, so
+    that the model may be larger than the devices' memory; the result is in device memory.
 
     `batches` is kept as a list. Digests differ from those of `quantize_params` wherever statistics decide.
 
@@ -45,20 +45,18 @@ def quantize_sequentially(
     """
     batches = list(batches)
     if not batches:
-        raise ValueError("batches is empty: wanted at least one batch of calibration data")
+        raise ValueError(NO_BATCHES)
     if plan.folds:
         stats = calibrate(apply_fn, params, batches, plan, progress=progress)
         params, plan, _ = after_folding(params, plan, stats)
     leaves = leaves_for(plan, params)
     model = layers_apart(apply_fn, plan, leaves, batches)
-    state = _State.of(model.plan, model.leaves)
-    passes = Passes(model.apply_fn, model.plan, model.leaves, model.blocks, state.parameters, batches)
-    for number, block in enumerate(tracked_progress(model.blocks, "quantizing block by block", progress)):
-        stats = passes.statistics(number, state.parameters)
-        arrays = state.arrays(model.plan, block)
-        state = state.with_block(model.plan, block, quantize_weights(_part(model.plan, block), arrays, stats))
+    state = _State.of(model)
+    passes = Passes(model, state.parameters, batches)
+    for number in tracked_progress(range(len(model.blocks)), "quantizing block by block", progress):
+        state = state.after(model, number, passes)
     results = model.joined({e.path: stacked(e, state.done[e.path]) for e in model.plan.quantized})
-    return leaves.rebuilt([results.get(i, value) for i, value in enumerate(leaves.values)])
+    return leaves.rebuilt([results.get(i, on_devices(value)) for i, value in enumerate(leaves.values)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +68,20 @@ class _State:
     """By layer, the results."""
 
     @classmethod
-    def of(cls, plan: Plan, leaves: Leaves) -> _State:
+    def of(cls, model: Model) -> _State:
         """Nothing is quantized yet."""
-        return cls(initial_parameters(plan, leaves), {e.path: {} for e in plan.quantized})
+        return cls(initial_parameters(model), {e.path: {} for e in model.plan.quantized})
 
-    def arrays(self, plan: Plan, block: Block) -> dict[str, Array]:
-        """The weights of a block, of its layer alone."""
-        values = {path: brought(self.parameters.values[path]) for path in block.paths}
-        return {p: v[_place(plan.by_path[p], block.index)] if block.index else v for p, v in values.items()}
+    def after(self, model: Model, number: int, passes: Passes) -> _State:
+        """The state once a block is quantized. Its statistics and arrays are gone then."""
+        plan, block = model.plan, model.blocks[number]
+        stats = passes.statistics(number, self.parameters)
+        arrays = {path: brought(self.parameters.values[path]) for path in block.paths}
+        if block.index:
+            arrays = {path: w[_place(plan.by_path[path], block.index)] for path, w in arrays.items()}
+        return self._with_block(plan, block, quantize_weights(_part(plan, block), arrays, stats))
 
-    def with_block(self, plan: Plan, block: Block, found: Mapping[str, QuantizedWeight]) -> _State:
+    def _with_block(self, plan: Plan, block: Block, found: Mapping[str, QuantizedWeight]) -> _State:
         """The state after another block."""
         values, scales, done = dict(self.parameters.values), dict(self.parameters.scales), dict(self.done)
         for path, weight in found.items():

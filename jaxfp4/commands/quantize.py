@@ -42,18 +42,21 @@ def quantize_directory(
     samples: int = SAMPLES,
     field: str | None = None,
     every_expert: bool = False,
+    host_memory: bool = False,
     max_shard_bytes: int | None = None,
     console: Console,
 ) -> None:
     """Loads, plans, calibrates, quantizes and exports, and prints the plan, the data, the cost and the digest.
 
     `calibration`, `samples`, `batch_size`, `sequence_length` and `field` are those of `read_calibration_data`; with
-    `every_expert` all experts are calibrated on all tokens.
+    `every_expert` all experts are calibrated on all tokens. With `host_memory` the parameters are brought to the
+    devices block of layers by block.
 
     Raises CommandError, ValueError or OSError for bad input; `out_dir` is then not there.
     """
     refuse_existing(out_dir)
-    model = load_decoder(model_dir, mesh=make_mesh(mesh) if mesh else None)
+    memory_kind = "pinned_host" if host_memory else None
+    model = load_decoder(model_dir, mesh=make_mesh(mesh) if mesh else None, memory_kind=memory_kind)
     config = model.config
     apply_fn, params = from_flax(model)
     calibration_fn = all_experts(model)[0] if every_expert else apply_fn

@@ -32,6 +32,7 @@ from jaxfp4.models.config import DecoderConfig
 from jaxfp4.models.decoder import Decoder
 from jaxfp4.models.families import Family
 from jaxfp4.models.sharding import parameter_shapes, shardings
+from jaxfp4.tensors.memory import in_memory
 
 CONFIG_FILE = "config.json"
 
@@ -95,7 +96,9 @@ def read_config(directory: str | Path) -> DecoderConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
-def load_decoder(directory: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> Decoder:
+def load_decoder(
+    directory: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None, memory_kind: str | None = None
+) -> Decoder:
     """The decoder stored in a folder: ``config.json`` with ``model.safetensors`` or its indexed shards.
 
     Every device reads just its own slice of each parameter from the memory-mapped file; no parameter is ever whole in
@@ -104,7 +107,9 @@ def load_decoder(directory: str | Path, *, mesh: Mesh | None = None, dtype: DTyp
 
     Args:
         directory: the folder. mesh: where the parameters go, split as `shardings` says (the forward pass needs Auto
-            axes); by default the default device. dtype: type of the parameters; by default the stored one.
+            axes); by default the default device. dtype: type of the parameters; by default the stored one. memory_kind:
+            "pinned_host" for parameters that wait in host memory until `calibrate` and `quantize_params` bring them to
+            these devices; by default the devices' own.
 
     Raises:
         FileNotFoundError: the folder, its ``config.json`` or its weights are missing. ValueError: a broken file, a
@@ -121,7 +126,9 @@ def load_decoder(directory: str | Path, *, mesh: Mesh | None = None, dtype: DTyp
         _check_tied_head(checkpoint)
     values: dict[str, Array] = {}
     for path, shape in shapes.items():
-        sharding = None if placement is None else placement[path]
+        sharding: Sharding | None = None if placement is None else placement[path]
+        if memory_kind is not None:
+            sharding = in_memory(sharding, memory_kind)
         values[path] = _load_parameter(checkpoint, names[path], shape, sharding, dtype)
     return assemble(config, values)
 

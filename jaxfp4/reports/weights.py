@@ -16,6 +16,7 @@ from rich.table import Table
 
 from jaxfp4.tensors import QuantizedWeight
 from jaxfp4.tensors.hadamard import hadamard
+from jaxfp4.tensors.memory import on_devices
 from jaxfp4.transform.trace import leaves_of
 
 
@@ -50,7 +51,7 @@ def weight_quality(params: Any, qparams: Any) -> tuple[WeightQuality, ...]:
                 "that qparams was made from; after AWQ or SmoothQuant pass fold_channel_scales(params, plan, stats)"
             )
     return tuple(
-        _quality(path, w, q)
+        _quality(path, on_devices(w), q)
         for path, w, q in zip(before.paths, before.values, after.values, strict=True)
         if isinstance(q, QuantizedWeight)
     )

@@ -35,9 +35,22 @@ def in_host_memory(x: object) -> bool:
     return kind is not None and kind != _device_memory(x.sharding)
 
 
+def in_memory(sharding: Sharding | None, kind: str) -> Sharding:
+    """The same sharding, by default the default device, in a memory such as `pinned_host`."""
+    if sharding is None:
+        (device,) = jax.numpy.zeros(()).devices()
+        sharding = SingleDeviceSharding(device)
+    return sharding.with_memory_kind(kind)
+
+
 def on_devices(tree: Any) -> Any:
     """A tree whose arrays in host memory are copied to the memory of their devices, with the same sharding."""
-    return jax.tree.map(lambda x: jax.device_put(x, _in_device_memory(x.sharding)) if in_host_memory(x) else x, tree)
+    return jax.tree.map(lambda x: jax.device_put(x, in_device_memory(x.sharding)) if in_host_memory(x) else x, tree)
+
+
+def beside(x: Array, other: Any) -> Array:
+    """An array moved to host memory if another one is there, with that one's sharding."""
+    return jax.device_put(x, other.sharding) if in_host_memory(other) else x
 
 
 def stacks_of(tree: Any) -> Any:
@@ -46,13 +59,21 @@ def stacks_of(tree: Any) -> Any:
 
 
 def brought(value: Array | np.ndarray | Layer) -> Array:
-    """An array in the memory of its devices; of a layer whose stack is in host memory, only that layer is copied."""
+    """An array in the memory of its devices.
+
+    Of a layer whose stack is in host memory only that layer is copied, unless the stack is split by layers.
+    """
     if not isinstance(value, Layer):
         return jax.numpy.asarray(on_devices(value))
-    if in_host_memory(value.stack) and (sharding := _of_layer(value)) is not None:
-        parts = [jax.device_put(np.asarray(s.data)[value.place], s.device) for s in value.stack.addressable_shards]
-        return jax.make_array_from_single_device_arrays(_shape(value), sharding, parts)
-    return _picked(on_devices(value.stack), value.place)
+    stack, sharding = value.stack, _of_layer(value)
+    if sharding is None:
+        return _picked(on_devices(stack), value.place)
+    if _is_split(value):
+        return _picked(jax.device_put(stack, _unsplit(value)), value.place)
+    if not in_host_memory(stack):
+        return _picked(stack, value.place)
+    parts = [jax.device_put(np.asarray(s.data)[value.place], s.device) for s in stack.addressable_shards]
+    return jax.make_array_from_single_device_arrays(_shape(value), sharding, parts)
 
 
 def abstract(value: Array | np.ndarray | Layer) -> Any:
@@ -63,7 +84,7 @@ def abstract(value: Array | np.ndarray | Layer) -> Any:
         return jax.ShapeDtypeStruct(_shape(value) if isinstance(value, Layer) else stack.shape, dtype)
     if isinstance(value, Layer):
         return _abstract(stack, _shape(value), _of_layer(value))
-    return _abstract(stack, stack.shape, _in_device_memory(stack.sharding)) if in_host_memory(value) else value
+    return _abstract(stack, stack.shape, in_device_memory(stack.sharding)) if in_host_memory(value) else value
 
 
 def _abstract(x: Array, shape: tuple[int, ...], sharding: Sharding | None) -> jax.ShapeDtypeStruct:
@@ -85,19 +106,37 @@ def _device_memory(sharding: Sharding) -> str:
     return kind
 
 
-def _in_device_memory(sharding: Sharding) -> Sharding:
+def in_device_memory(sharding: Sharding) -> Sharding:
+    """The same sharding in the memory of its devices."""
     return sharding.with_memory_kind(_device_memory(sharding))
 
 
 def _of_layer(layer: Layer) -> Sharding | None:
-    """The sharding of a layer whose stack is not split by layers; None for others."""
+    """The sharding of a layer in device memory; None if its stack is no JAX array or placed in an unknown way."""
+    if not isinstance(layer.stack, Array):
+        return None
     sharding = layer.stack.sharding
     if isinstance(sharding, SingleDeviceSharding):
-        return _in_device_memory(sharding)
+        return in_device_memory(sharding)
     if not isinstance(sharding, NamedSharding):
         return None
-    spec = (*sharding.spec, *[None] * (layer.stack.ndim - len(sharding.spec)))
-    if any(spec[a] is not None for a in layer.index):
-        return None
-    kept = PartitionSpec(*(names for a, names in enumerate(spec) if a not in layer.index))
-    return _in_device_memory(NamedSharding(sharding.mesh, kept))
+    kept = PartitionSpec(*(names for a, names in enumerate(_names(layer)) if a not in layer.index))
+    return in_device_memory(NamedSharding(sharding.mesh, kept))
+
+
+def _names(layer: Layer) -> list[Any]:
+    """What splits each axis of a stack."""
+    spec = layer.stack.sharding.spec
+    return [*spec, *[None] * (layer.stack.ndim - len(spec))]
+
+
+def _is_split(layer: Layer) -> bool:
+    """Whether each layer lies on some of the devices only."""
+    named = isinstance(layer.stack.sharding, NamedSharding)
+    return named and any(names for a, names in enumerate(_names(layer)) if a in layer.index)
+
+
+def _unsplit(layer: Layer) -> Sharding:
+    """The sharding of the stack with each layer on all devices."""
+    spec = PartitionSpec(*(None if a in layer.index else names for a, names in enumerate(_names(layer))))
+    return in_device_memory(NamedSharding(layer.stack.sharding.mesh, spec))

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jaxfp4.formats import BLOCK_SIZE, exact
 from jaxfp4.tensors.blocks import Blocking
+from jaxfp4.tensors.memory import in_device_memory
 from jaxfp4.tensors.pacing import paced
 
 AxisNames = tuple[str, ...]
@@ -235,6 +236,7 @@ def moved_beside(small: Any, large: Any) -> Any:
         return small
     target = next((s for s in there if isinstance(s, NamedSharding)), there[0])
     whole = NamedSharding(target.mesh, PartitionSpec()) if isinstance(target, NamedSharding) else target
+    whole = in_device_memory(whole)
 
     def moved(x: Any) -> Any:
         known = isinstance(x, Array) and not isinstance(x, jax.core.Tracer)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from jaxfp4.formats import exact
 from jaxfp4.tensors import QuantizedWeight
+from jaxfp4.tensors.memory import beside, on_devices
 from jaxfp4.tensors.mesh import layout_of, place, replicated_beside
 from jaxfp4.tensors.pacing import paced
 from jaxfp4.tensors.reductions import SUPPORTED_DTYPES
@@ -330,7 +331,8 @@ def apply_fold(arrays: Mapping[int, Array], fold: Fold, s: Array) -> dict[int, A
     scale = s.astype(jnp.float32)
     for sides, factors in ((fold.producers, 1 / scale), (fold.consumers, scale)):
         for side in sides:
-            result[side.leaf] = _rescaled(jnp.asarray(result[side.leaf]), side, factors)
+            array = result[side.leaf]
+            result[side.leaf] = beside(_rescaled(jnp.asarray(on_devices(array)), side, factors), array)
     return result
 
 

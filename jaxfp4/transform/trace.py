@@ -10,6 +10,7 @@ import jax
 
 from jaxfp4.formats import path_string
 from jaxfp4.tensors import QuantizedWeight
+from jaxfp4.tensors.memory import abstract
 from jaxfp4.transform import jaxprs
 
 ApplyFn = Callable[..., Any]
@@ -63,7 +64,7 @@ def trace(apply_fn: ApplyFn, leaves: Leaves, args: tuple[Any, ...]) -> Traced:
 
 
 def _dense(value: Any) -> Any:
-    """A stand-in of the type of the array that a quantized leaf replaces, with its sharding on Explicit axes."""
+    """What stands for a leaf: of a quantized one the type of the array that it replaces, with its sharding."""
     if isinstance(value, QuantizedWeight):
         return jax.eval_shape(lambda tensor: tensor.dequantize(), value.weight)
-    return value
+    return abstract(value)

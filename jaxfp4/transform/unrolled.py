@@ -125,7 +125,7 @@ def find_split(
     """
     split = Split(leaves, layered, {})
     unroller = _Unroller()
-    body = _body(apply_fn, leaves, args)
+    body = trace(apply_fn, leaves, args).body
 
     def walk(values: list[Any], args: tuple[Any, ...]) -> None:
         inputs = [*split.joined(values), *jax.tree.leaves(args)]
@@ -142,19 +142,11 @@ def unrolled(apply_fn: ApplyFn, split: Split) -> ApplyFn:
     """`apply_fn` as a function of a list of parameters, `split.apart()`."""
 
     def function(values: Sequence[Any], *args: Any) -> Any:
-        traced = trace(apply_fn, _abstract(split.leaves), args)
+        traced = trace(apply_fn, split.leaves, args)
         results = _Unroller().run(traced.body, [*split.joined(values), *jax.tree.leaves(args)])
         return jax.tree.unflatten(traced.out_tree, [x.joined() if isinstance(x, Parts) else x for x in results])
 
     return function
-
-
-def _body(apply_fn: ApplyFn, leaves: Leaves, args: tuple[Any, ...]) -> jaxprs.Body:
-    return trace(apply_fn, _abstract(leaves), args).body
-
-
-def _abstract(leaves: Leaves) -> Leaves:
-    return dataclasses.replace(leaves, values=tuple(map(abstract, leaves.values)))
 
 
 class _Unroller:

@@ -157,9 +157,10 @@ def test_weights_without_numbers_are_blocks_with_their_siblings():
     assert [b.paths for b in blocks] == [("z_first",), ("gate", "up"), ("a_last",)]
 
 
-def test_compiles_once_for_stacked_layers(caplog):
+@pytest.mark.parametrize("form", ["apart", "stacked"])
+def test_compiles_once_for_layers_of_one_form(caplog, form):
     with jax.log_compiles():
-        run(stacked_mlp, STACKED, "nvfp4_weighted_mse")
+        run(*{"apart": (mlp, MLP), "stacked": (stacked_mlp, STACKED)}[form], "nvfp4_weighted_mse")
     compiled = [m for m in caplog.messages if "Compiling jit(_observe)" in m]
     assert len(compiled) == 1
 
@@ -183,6 +184,44 @@ def test_passes_do_not_begin_at_the_first_layer(recipe):
 
     run(deep, {f"w_{i}": MLP["w_0"] for i in range(count)}, recipe)
     assert calls == [len(X)] * count
+
+
+@pytest.mark.parametrize("picks", [False, True])
+def test_passes_through_a_scan_do_not_begin_at_the_first_layer(picks):
+    """A scan over layers is a list of layers; one that picks them by itself is passed again for each of them."""
+    count, calls = 6, 0
+
+    def counted(x):
+        def call(x):
+            nonlocal calls
+            calls += 1
+            return x
+
+        return jax.pure_callback(call, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    def deep(p, x):
+        if picks:
+            return jax.lax.scan(lambda x, i: (jax.nn.relu(counted(x) @ p["w"][i]), None), x, jnp.arange(count))[0]
+        return jax.lax.scan(lambda x, w: (jax.nn.relu(counted(x) @ w), None), x, p["w"])[0]
+
+    run(deep, {"w": jnp.stack([MLP["w_0"]] * count)}, "nvfp4")
+    assert calls == len(X) * count * (count if picks else 1)
+
+
+def test_two_scans_of_one_length_are_blocks_of_their_own():
+    """Layers of the second see all of the first quantized."""
+    params = dict.fromkeys(("first", "second"), STACKED["w"])
+
+    def twice(p, x):
+        return stacked_mlp({"w": p["second"]}, stacked_mlp({"w": p["first"]}, x))
+
+    def apart(p, x):
+        return functools.reduce(lambda x, w: jax.nn.relu(x @ w), p.values(), x)
+
+    _, found = run(twice, params, "nvfp4")
+    _, wanted = run(apart, {f"w_{i}": w for i, w in enumerate([*STACKED["w"], *STACKED["w"]])}, "nvfp4")
+    scales = np.concatenate([found["first"].input_scale, found["second"].input_scale])
+    np.testing.assert_allclose(scales, [w.input_scale for w in wanted.values()], rtol=1e-6)
 
 
 def layer(x, w):

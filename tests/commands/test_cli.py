@@ -217,6 +217,16 @@ def test_folded_channels_are_compared_with_folded_weights(model_dir, tokens, tmp
     assert len(rows) > 3 and min(map(float, rows)) > 15
 
 
+@pytest.mark.parametrize("arguments", [["--mesh", "tp=2,ep=2"], ["--recipe", "nvfp4_smoothquant", "--all-experts"]])
+def test_host_memory_gives_the_same_checkpoint(model_dir, tokens, tmp_path, capsys, arguments):
+    digests = set()
+    for name, more in {"near": [], "far": ["--host-memory"]}.items():
+        where = [str(model_dir), str(tmp_path / name), "--calib", str(tokens), "--batch-size", "2"]
+        assert main(["quantize", *where, *arguments, *more]) == 0
+        digests.add(re.search(r"digest (\w+)", capsys.readouterr().out)[1])
+    assert len(digests) == 1
+
+
 def test_an_existing_target_is_left_alone(model_dir, tmp_path, capsys):
     (tmp_path / "mine").write_text("precious")
     assert main(["quantize", str(model_dir), str(tmp_path), "--recipe", "nvfp4_weight_only"]) == 2

@@ -110,6 +110,15 @@ def test_placed_and_unplaced_parameters_are_equal(folder):
         np.testing.assert_array_equal(np.asarray(value), np.asarray(placed[path]))
 
 
+@pytest.mark.parametrize("axes", [{}, {"tp": 2, "ep": 2}])
+def test_parameters_that_wait_in_host_memory(folder, axes):
+    mesh = auto_mesh(**axes) if axes else None
+    near, far = flat(load_decoder(folder, mesh=mesh)), flat(load_decoder(folder, mesh=mesh, memory_kind="pinned_host"))
+    for path, value in near.items():
+        assert far[path].sharding == value.sharding.with_memory_kind("pinned_host")
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(far[path]))
+
+
 def test_types(folder, tmp_path_factory):
     assert {leaf.dtype for leaf in flat(load_decoder(folder)).values()} == {jnp.dtype(jnp.float32)}
     half = load_decoder(folder, dtype=jnp.bfloat16, mesh=auto_mesh(tp=2))
