@@ -42,16 +42,21 @@ class Model:
     entries: tuple[PlannedWeight, ...]
     """What is quantized of the model as it was."""
 
-    def joined(self, results: Mapping[str, QuantizedWeight]) -> dict[int, QuantizedWeight]:
-        """By leaf of the model as it was, the results by path of this one."""
+    def joined(self, done: dict[str, Mapping[Index, QuantizedWeight]]) -> dict[int, QuantizedWeight]:
+        """By leaf of the model as it was, the results of this one, which are given by path and layer.
 
-        def of(entry: PlannedWeight) -> QuantizedWeight:
+        `done` is emptied, so that layers are freed once they are put together.
+        """
+        result = {}
+        for entry in self.entries:
             leaf = entry.weight.leaf
-            if leaf not in self.split.axes:
-                return results[entry.path]
-            return stacked(entry, {index: results[_name(entry.path, index)] for index in self.split.indices(leaf)})
-
-        return {entry.weight.leaf: of(entry) for entry in self.entries}
+            if leaf in self.split.axes:
+                layers = {i: done.pop(_name(entry.path, i))[()] for i in self.split.indices(leaf)}
+            else:
+                layers = dict(done.pop(entry.path))
+            result[leaf] = stacked(entry, layers)
+            del layers
+        return result
 
     def joined_stats(self, found: Mapping[tuple[str, Index], State]) -> dict[str, State]:
         """By path of the model as it was, the states of its layers, which are given by path and block of this one."""
@@ -205,6 +210,8 @@ def stacked(entry: PlannedWeight, layers: Mapping[Index, QuantizedWeight]) -> Qu
         return jnp.stack(parts).reshape(*sizes, *parts[0].shape)
 
     def in_place(*parts: Array) -> Array:
+        if len(places) == 1:
+            return jnp.stack(parts, places[0])
         return jnp.moveaxis(in_front(*parts), range(len(sizes)), places)
 
     tensors = [result.weight for result in results]

@@ -52,7 +52,7 @@ def quantize_params(params: Any, plan: Plan, stats: Mapping[str, Any] | None = N
     release = _Release(leaves.values, values) if donate else None
     quantized = quantize_weights(plan, {e.path: values[e.weight.leaf] for e in plan.quantized}, used, release)
     by_leaf = {e.weight.leaf: quantized[e.path] for e in plan.quantized}
-    return leaves.rebuilt([by_leaf.get(i, on_devices(value)) for i, value in values.items()])
+    return leaves.rebuilt([by_leaf[i] if i in by_leaf else on_devices(value) for i, value in values.items()])
 
 
 class _Release:

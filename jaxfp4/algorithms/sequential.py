@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxfp4.algorithms.calibration import NO_BATCHES, calibrate, tracked_progress
 from jaxfp4.algorithms.channels import after_folding
 from jaxfp4.algorithms.inputs import leaves_for
-from jaxfp4.algorithms.layers import Block, Model, layers_apart, stacked, without_layers
+from jaxfp4.algorithms.layers import Block, Model, layers_apart, without_layers
 from jaxfp4.algorithms.passes import Parameters, Passes, initial_parameters
 from jaxfp4.algorithms.quantization import quantize_weights
 from jaxfp4.recipes.plan import Plan, PlannedWeight
@@ -55,8 +55,10 @@ def quantize_sequentially(
     passes = Passes(model, state.parameters, batches)
     for number in tracked_progress(range(len(model.blocks)), "quantizing block by block", progress):
         state = state.after(model, number, passes)
-    results = model.joined({e.path: stacked(e, state.done[e.path]) for e in model.plan.quantized})
-    return leaves.rebuilt([results.get(i, on_devices(value)) for i, value in enumerate(leaves.values)])
+    done = dict(state.done)
+    del state, passes
+    results = model.joined(done)
+    return leaves.rebuilt([results[i] if i in results else on_devices(v) for i, v in enumerate(leaves.values)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,11 @@
 """The same bytes on an accelerator as on the CPU: `pytest -m gpu -n 0`, on a machine that has one."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +108,25 @@ def test_calibration_on_a_mesh_of_all_devices(mesh):
         np.testing.assert_allclose(np.asarray(found[path]["amax"]), np.asarray(states["amax"]), rtol=1e-3)
 
 
+@pytest.fixture(params=["one device", "all devices"])
+def mesh_or_one(request):
+    """Shardings in a memory for parameters with stacked layers or layers apart, and how many devices they are on."""
+    count = 1 if request.param == "one device" else 1 << (min(4, jax.device_count()).bit_length() - 1)
+    if request.param == "all devices" and count < 2:
+        pytest.skip(f"wanted several devices, found {jax.device_count()}")
+    made = jax.make_mesh((count, 1), ("tp", "ep"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:count])
+
+    def place(params, memory_kind):
+        def of(path, w):
+            spec = models.SPECS.get(path[-1].key, P())
+            stacked = w.ndim > len(models.SHAPES.get(path[-1].key, w.shape))
+            return NamedSharding(made, P(None, *spec) if stacked else spec, memory_kind=memory_kind)
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    return place, count
+
+
 @pytest.mark.parametrize("recipe", SUMS)
 def test_few_codes_move_where_floats_are_summed(recipe):
     params, _, plan, stats, wanted = job(recipe)
@@ -135,6 +159,45 @@ def test_layer_by_layer(recipe):
         codes, others = (np.asarray(w.weight.packed) for w in (weight, wanted[path]))
         assert np.mean(codes != others) < 0.02, path
         np.testing.assert_allclose(weight.input_scale, wanted[path].input_scale, rtol=2e-2)
+
+
+@pytest.mark.parametrize("form", ["scanned", "listed"])
+def test_layers_in_host_memory_are_brought_one_by_one(form):
+    """A process of its own, as the peak is that of a process."""
+    program = Path(__file__).with_name("larger_than_the_device.py")
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    command = [sys.executable, str(program), form, "nvfp4", "pinned_host"]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    found = json.loads(output.splitlines()[-1])
+    added = found["peak"] - max(found["before"], found["peak_before"])
+    # Quantized layers of a stack are there once more while they are put together.
+    quantized = found["quantized"] * (2 if form == "scanned" else 1)
+    assert added < quantized + 4 * found["layer"] < 0.8 * found["parameters"]
+
+
+@pytest.mark.parametrize("form", ["scanned", "apart"])
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_smoothquant_gptq"])
+def test_host_memory(recipe, form, mesh_or_one):
+    """The same results from parameters in host memory, and as near to the CPU's as those in device memory are."""
+    place, count = mesh_or_one
+    apply, params = (
+        (models.scanned, models.draw()) if form == "scanned" else (models.unrolled, models.apart(models.draw()))
+    )
+    near = jax.tree.map(jax.device_put, params, place(params, None))
+    far = jax.tree.map(jax.device_put, params, place(params, "pinned_host"))
+    batches = [jax.device_put(np.asarray(b), jax.tree.leaves(near)[0].sharding) for b in models.batches(2)]
+    plan = jaxfp4.plan(apply, far, batches[0], recipe=recipe)
+    with jax.default_matmul_precision("highest"):
+        stats = [jaxfp4.calibrate(apply, p, batches, plan, progress=False) for p in (near, far)]
+        by_blocks = [jaxfp4.quantize_sequentially(apply, p, batches, plan, progress=False) for p in (near, far)]
+    for one, other in zip(*map(jax.tree.leaves, stats), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    one, other = (jaxfp4.quantize_params(p, plan, stats[0]) for p in (near, far))
+    assert jaxfp4.digest(one, inputs=True) == jaxfp4.digest(other, inputs=True)
+    for path, weight in jaxfp4.weights(by_blocks[0]).items():
+        codes = [np.asarray(w.weight.packed) for w in (weight, jaxfp4.weights(by_blocks[1])[path])]
+        assert np.mean(codes[0] != codes[1]) < 0.02, path
+    assert {len(x.devices()) for x in jax.tree.leaves(by_blocks[1])} == {count}
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_weight_only"])
