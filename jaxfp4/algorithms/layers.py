@@ -78,12 +78,13 @@ def layers_apart(apply_fn: ApplyFn, plan: Plan, leaves: Leaves, batches: Iterabl
     whole = Split(leaves, {}, {})
     if not layered or len(splits) < len(found):
         return Model(apply_fn, plan, leaves, blocks_of(plan), plan.statistics, whole, plan.quantized)
-    split = Split(leaves, {n: axes for s in splits for n, axes in s.axes.items()}, splits[0].loops)
+    axes = {n: axes for split in splits for n, axes in split.axes.items()}
+    split = Split(leaves, axes, splits[0].loops, max(split.steps for split in splits))
     values = split.apart()
     numbers = dict(zip(_places(split), itertools.count()))
     entries = tuple(_of_layer(e, index, numbers) for e in plan.quantized for index in split.indices(e.weight.leaf))
     blocks = [Block(tuple(_name(path, block.index) for path in block.paths)) for block in blocks_of(plan, split.loops)]
-    paths = tuple(_name(leaves.paths[leaf], index) for leaf, index in numbers)
+    paths = (*(_name(leaves.paths[leaf], index) for leaf, index in numbers), *(f"step {i}" for i in range(split.steps)))
     apart = Leaves(paths, tuple(values), jax.tree.structure(list(range(len(values)))))
     # Of the plan as it was: what folds need is not known of single layers.
     statistics = {

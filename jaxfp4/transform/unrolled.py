@@ -88,13 +88,19 @@ class Split:
     loops: Mapping[int, int]
     """Of some of them, the number of the loop that goes over their layers."""
 
+    steps: int = 0
+    """How often the longest of these loops goes round."""
+
     def indices(self, leaf: int) -> list[Index]:
         """The layers of a parameter; one without place for a parameter that is not taken apart."""
         axes = self.axes.get(leaf, ())
         return list(np.ndindex(*(self.leaves.values[leaf].shape[a] for a in axes)))
 
     def apart(self) -> list[Any]:
-        """All parameters, `Layer`s of those that are taken apart."""
+        """All parameters, `Layer`s of those that are taken apart, and the numbers of the steps of the longest loop.
+
+        As the numbers are parameters, what a loop scans over besides does not make its steps differ in form.
+        """
         result = []
         for leaf, value in enumerate(self.leaves.values):
             axes = self.axes.get(leaf)
@@ -102,7 +108,7 @@ class Split:
                 [value] if axes is None else [Layer(value, dict(zip(axes, i, strict=True))) for i in self.indices(leaf)]
             )
             result += layers
-        return result
+        return [*result, *(np.asarray(i, np.int32) for i in range(self.steps))]
 
     def joined(self, values: Sequence[Any]) -> list[Any]:
         """One value for each parameter: of those that are taken apart, `Parts`."""
@@ -135,7 +141,8 @@ def find_split(
     jax.eval_shape(walk, [abstract(x) for x in split.apart()], args)
     if unroller.whole & layered.keys():
         return None
-    return Split(leaves, {**layered, **dict.fromkeys(unroller.beside - layered.keys(), (0,))}, unroller.loops)
+    axes = {**layered, **dict.fromkeys(unroller.beside - layered.keys(), (0,))}
+    return Split(leaves, axes, unroller.loops, unroller.steps)
 
 
 def unrolled(apply_fn: ApplyFn, split: Split) -> ApplyFn:
@@ -143,7 +150,8 @@ def unrolled(apply_fn: ApplyFn, split: Split) -> ApplyFn:
 
     def function(values: Sequence[Any], *args: Any) -> Any:
         traced = trace(apply_fn, split.leaves, args)
-        results = _Unroller().run(traced.body, [*split.joined(values), *jax.tree.leaves(args)])
+        numbers = values[len(values) - split.steps :]
+        results = _Unroller(numbers).run(traced.body, [*split.joined(values), *jax.tree.leaves(args)])
         return jax.tree.unflatten(traced.out_tree, [x.joined() if isinstance(x, Parts) else x for x in results])
 
     return function
@@ -152,7 +160,9 @@ def unrolled(apply_fn: ApplyFn, split: Split) -> ApplyFn:
 class _Unroller:
     """Evaluates a jaxpr some of whose values are `Parts`."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Sequence[Any] = ()) -> None:
+        """With the numbers of a loop's steps as arrays, or numbers as they are."""
+        self._numbers = numbers
         self.known: Mapping[int, int] = {}
         """Parameters that are no `Parts` yet: their numbers by the identity of the value."""
         self.whole: set[int] = set()
@@ -161,6 +171,8 @@ class _Unroller:
         """Those of `known` over which a loop goes that is unrolled."""
         self.loops: dict[int, int] = {}
         """By parameter, the first loop that goes over its layers."""
+        self.steps = 0
+        """Of the longest loop that was unrolled."""
         self._count = 0
 
     def run(self, body: jaxprs.Body, inputs: Sequence[Any]) -> list[Any]:
@@ -218,9 +230,13 @@ class _Unroller:
         consts, carry = outer[: parts.consts], outer[parts.consts :]
         body = jaxprs.body_of(eqn.params["jaxpr"])
         steps = range(eqn.params["length"])
+        self.steps = max(self.steps, len(steps))
         ys: dict[int, list[Any]] = {}
         for i in reversed(steps) if eqn.params["reverse"] else steps:
-            entries = [x.entry(i) if isinstance(x, Parts) else lax.index_in_dim(x, i, keepdims=False) for x in xs]
+            number = self._numbers[i] if self._numbers else i
+            entries = [
+                x.entry(i) if isinstance(x, Parts) else lax.dynamic_index_in_dim(x, number, keepdims=False) for x in xs
+            ]
             results = [self._whole(x) for x in self.run(body, [*consts, *carry, *entries])]
             carry, ys[i] = results[: parts.carry], results[parts.carry :]
         return [*carry, *(jnp.stack(column) for column in zip(*(ys[i] for i in steps), strict=True))]

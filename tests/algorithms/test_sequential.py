@@ -157,10 +157,27 @@ def test_weights_without_numbers_are_blocks_with_their_siblings():
     assert [b.paths for b in blocks] == [("z_first",), ("gate", "up"), ("a_last",)]
 
 
-@pytest.mark.parametrize("form", ["apart", "stacked"])
+def with_more(p, x):
+    """A scan over weights, over biases along another axis and over the numbers of layers."""
+
+    def step(x, xs):
+        w, b, i = xs
+        return jax.nn.relu(x @ w + b) * (1 + i), None
+
+    return jax.lax.scan(step, x, (p["w"], p["b"].T, jnp.arange(3.0)))[0]
+
+
+ONE_FORM = {
+    "apart": (mlp, MLP),
+    "stacked": (stacked_mlp, STACKED),
+    "with more": (with_more, STACKED | {"b": jnp.ones((D, 3))}),
+}
+
+
+@pytest.mark.parametrize("form", ONE_FORM)
 def test_compiles_once_for_layers_of_one_form(caplog, form):
     with jax.log_compiles():
-        run(*{"apart": (mlp, MLP), "stacked": (stacked_mlp, STACKED)}[form], "nvfp4_weighted_mse")
+        run(*ONE_FORM[form], "nvfp4_weighted_mse")
     compiled = [m for m in caplog.messages if "Compiling jit(_observe)" in m]
     assert len(compiled) == 1
 

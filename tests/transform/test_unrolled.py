@@ -79,8 +79,8 @@ def test_same_results(name):
     split = find_split(function, leaves_of(PARAMS), (X,), {1: (0,)})
     assert split is not None and split.axes[1] == (0,)
     parameters = [brought(value) for value in split.apart()]
-    # One more parameter for each further layer.
-    assert len(parameters) == len(PARAMS) + (L - 1) * len(split.axes)
+    # One more parameter for each further layer, and for the number of each step.
+    assert len(parameters) == len(PARAMS) + (L - 1) * len(split.axes) + split.steps
     found, wanted = jax.tree.leaves(unrolled(function, split)(parameters, X)), jax.tree.leaves(function(PARAMS, X))
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
@@ -113,7 +113,7 @@ def test_layers_along_another_axis(axis):
 
     split = find_split(function, leaves_of(params), (X,), {0: (axis,)})
     parameters = [brought(value) for value in split.apart()]
-    assert [w.shape for w in parameters] == [(D, D)] * L
+    assert [w.shape for w in parameters] == [(D, D)] * L + [()] * L
     np.testing.assert_allclose(unrolled(function, split)(parameters, X), function(params, X), rtol=1e-6)
 
 
@@ -127,7 +127,7 @@ def test_loops_in_loops(axes):
 
     split = find_split(function, leaves_of(params), (X,), {0: (0, 1)})
     parameters = [brought(value) for value in split.apart()]
-    assert len(parameters) == 2 * L
+    assert len(parameters) == 2 * L + L
     np.testing.assert_allclose(unrolled(function, split)(parameters, X), function(params, X), rtol=1e-6)
 
 
