@@ -123,7 +123,7 @@ def _by_blocks(
         raise ValueError(NO_BATCHES)
     model = layers_apart(apply_fn, plan, leaves_for(plan, params), batches)
     parameters = initial_parameters(model)
-    passes = Passes(model, parameters, batches)
+    passes = Passes(model, parameters, batches, quantizes=False)
     found: dict[tuple[str, Index], State] = {}
     for number, block in enumerate(tracked_progress(model.blocks, "calibrating block by block", progress)):
         states = passes.statistics(number, parameters)

@@ -73,7 +73,9 @@ class Model:
 def layers_apart(apply_fn: ApplyFn, plan: Plan, leaves: Leaves, batches: Iterable[Any]) -> Model:
     """The model with loops over layers unrolled. It stays as it is where one of them picks its layers by itself."""
     layered = {e.weight.leaf: e.weight.layer_axes for e in plan.quantized if e.weight.layer_axes}
-    found = [find_split(apply_fn, leaves, args, layered) for args in _kinds(batches)] if layered else []
+    # Other quantized weights may be scanned over too, as those of cross-attention, which do not follow one another.
+    kept = [e.weight.leaf for e in plan.quantized]
+    found = [find_split(apply_fn, leaves, args, layered, kept) for args in _kinds(batches)] if layered else []
     splits = [split for split in found if split is not None]
     whole = Split(leaves, {}, {})
     if not layered or len(splits) < len(found):
@@ -144,10 +146,10 @@ def blocks_of(plan: Plan, loops: Mapping[int, int] | None = None) -> tuple[Block
     groups: dict[object, list[PlannedWeight]] = {}
     for entry in sorted(plan.quantized, key=lambda e: e.weight.first_use):
         first = min(plan.siblings(entry), key=lambda e: e.weight.first_use)
-        stacked = entry.weight.sizes(entry.weight.layer_axes)
+        layers = entry.weight.sizes(entry.weight.layer_axes)
         key: object = _layer(first.path) or first.path
-        if stacked:
-            key = stacked, (loops or {}).get(entry.weight.leaf)
+        if layers:
+            key = layers, (loops or {}).get(entry.weight.leaf)
         groups.setdefault(key, []).append(entry)
     blocks: list[Block] = []
     for entries in groups.values():

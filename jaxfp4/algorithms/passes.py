@@ -28,7 +28,7 @@ from jaxfp4.tensors.pacing import paced
 from jaxfp4.transform import jaxprs
 from jaxfp4.transform.evaluate import evaluate
 from jaxfp4.transform.programs import Program
-from jaxfp4.transform.scope import Hooks
+from jaxfp4.transform.scope import Hooks, original_activation
 from jaxfp4.transform.sites import OBSERVED, Meeting, Tracked
 from jaxfp4.transform.staged import Stage, Staged
 from jaxfp4.transform.statistics import State, Statistic
@@ -91,9 +91,10 @@ def initial_parameters(model: Model) -> Parameters:
 class Passes:
     """All batches on their way through the model."""
 
-    def __init__(self, model: Model, parameters: Parameters, batches: Sequence[Any]):
+    def __init__(self, model: Model, parameters: Parameters, batches: Sequence[Any], *, quantizes: bool = True):
+        """With `quantizes`, activations are quantized where their weight is done."""
         self._model = model
-        observed = _observed_fn(model)
+        observed = _observed_fn(model, quantizes)
         traced: dict[Any, Staged] = {}
         self._batches: list[_Batch] = []
         for batch in batches:
@@ -195,8 +196,8 @@ def _neutral(model: Model, paths: Iterable[str]) -> Stats:
     return {path: model.statistics[path].init(weight.sizes(weight.expert_axes)) for path, weight in weights.items()}
 
 
-def _observed_fn(model: Model) -> Observed:
-    """`(parameters, args) -> (stats, outputs)` of the model with activations quantized where their weight is done."""
+def _observed_fn(model: Model, quantizes: bool) -> Observed:
+    """`(parameters, args) -> (stats, outputs)` of the model, with `quantizes` also of its quantized activations."""
     plan, leaves = model.plan, model.leaves
     by_leaf = {e.weight.leaf: e for e in plan.quantized}
 
@@ -219,7 +220,7 @@ def _observed_fn(model: Model) -> Observed:
         plain = tuple(value.value if isinstance(value, Tracked) else value for value in inputs)
         traced = trace(model.apply_fn, dataclasses.replace(leaves, values=plain), args)
         hooks = Hooks(
-            replace_activation=replace_activation,
+            replace_activation=replace_activation if quantizes else original_activation,
             statistics={plan.by_path[path].weight.leaf: statistic for path, statistic in model.statistics.items()},
             marks=marks_for(plan, leaves, traced.body),
         )

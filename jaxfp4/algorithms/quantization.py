@@ -96,9 +96,10 @@ def quantize_weights(
     together = on_accelerators(arrays) if together is None else together
     quantized: dict[str, QuantizedWeight] = {}
     # To free weights in between is to wait for each group.
-    one_by_one = release is not None or any(map(in_host_memory, arrays.values()))
+    far = any(map(in_host_memory, arrays.values()))
+    one_by_one = release is not None or far
     for batch in [[group] for group in groups] if one_by_one else [groups]:
-        near = {e.path: on_devices(arrays[e.path]) for group in batch for e in group}
+        near = {e.path: on_devices(arrays[e.path]) for e in batch[0]} if far else arrays
         found = quantized_together(plan, batch if together else [], near)
         done = {path: QuantizedWeight(tensor) for path, tensor in found.tensors.items()}
         for group in batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,7 +102,11 @@ def _shape(layer: Layer) -> tuple[int, ...]:
 
 
 def _device_memory(sharding: Sharding) -> str:
-    device: Any = next(iter(sharding.device_set))
+    return _default_memory(next(iter(sharding.device_set)))
+
+
+@functools.cache
+def _default_memory(device: Any) -> str:
     kind: str = device.default_memory().kind
     return kind
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -104,10 +104,10 @@ class Split:
         result = []
         for leaf, value in enumerate(self.leaves.values):
             axes = self.axes.get(leaf)
-            layers = (
-                [value] if axes is None else [Layer(value, dict(zip(axes, i, strict=True))) for i in self.indices(leaf)]
-            )
-            result += layers
+            if axes is None:
+                result.append(value)
+            else:
+                result += [Layer(value, dict(zip(axes, index, strict=True))) for index in self.indices(leaf)]
         return [*result, *(np.asarray(i, np.int32) for i in range(self.steps))]
 
     def joined(self, values: Sequence[Any]) -> list[Any]:
@@ -122,12 +122,16 @@ class Split:
 
 
 def find_split(
-    apply_fn: ApplyFn, leaves: Leaves, args: tuple[Any, ...], layered: Mapping[int, tuple[int, ...]]
+    apply_fn: ApplyFn,
+    leaves: Leaves,
+    args: tuple[Any, ...],
+    layered: Mapping[int, tuple[int, ...]],
+    kept: Collection[int] = (),
 ) -> Split | None:
     """How to take parameters apart so that each layer of `layered` ones, given by their axes, is one of its own.
 
-    What is scanned beside them is taken apart too. None if one of them goes elsewhere than into scans over its layers
-    or slices: into a loop that picks layers by itself, say.
+    What is scanned beside them is taken apart too, but for `kept` ones. None if one of `layered` goes elsewhere than
+    into scans over its layers or slices: into a loop that picks layers by itself, say.
     """
     split = Split(leaves, layered, {})
     unroller = _Unroller()
@@ -141,7 +145,7 @@ def find_split(
     jax.eval_shape(walk, [abstract(x) for x in split.apart()], args)
     if unroller.whole & layered.keys():
         return None
-    axes = {**layered, **dict.fromkeys(unroller.beside - layered.keys(), (0,))}
+    axes = {**layered, **dict.fromkeys(unroller.beside.difference(layered, kept), (0,))}
     return Split(leaves, axes, unroller.loops, unroller.steps)
 
 

@@ -225,6 +225,26 @@ def test_passes_through_a_scan_do_not_begin_at_the_first_layer(picks):
     assert calls == len(X) * count * (count if picks else 1)
 
 
+def test_weights_of_a_scan_that_all_meet_one_activation():
+    """As in cross-attention: they are no layers to the plan, but scanned over together with layers."""
+    params = {"encoder": MLP["w_0"], "w": STACKED["w"], "cross": 2 * STACKED["w"]}
+
+    def scan(p, x):
+        e = x @ p["encoder"]
+        return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w[0] + e @ w[1]), None), x, (p["w"], p["cross"]))[0]
+
+    def picks(p, x):
+        e = x @ p["encoder"]
+        return jax.lax.fori_loop(0, 3, lambda i, c: jnp.tanh(c @ p["w"][i] + e @ p["cross"][i]), x)
+
+    result, found = run(scan, params, "nvfp4_weighted_mse")
+    assert not result.by_path["cross"].weight.layer_axes
+    _, wanted = run(picks, params, "nvfp4_weighted_mse")
+    for name, weight in found.items():
+        assert np.mean(np.asarray(weight.weight.packed) != np.asarray(wanted[name].weight.packed)) < 0.005
+        np.testing.assert_allclose(weight.input_scale, wanted[name].input_scale, rtol=1e-5)
+
+
 def test_two_scans_of_one_length_are_blocks_of_their_own():
     """Layers of the second see all of the first quantized."""
     params = dict.fromkeys(("first", "second"), STACKED["w"])
