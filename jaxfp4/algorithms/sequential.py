@@ -34,10 +34,10 @@ def quantize_sequentially(
 
     Of each batch the values that enter the next block are kept, so that a block is computed twice, whatever its depth:
     for its statistics, in one jitted pass for all its weights, and once it is quantized. Blocks of one form, as the
-    layers of a model are, share one compiled pass, in a list of layers as in a scan. A loop that picks its layers by
-    itself is passed from its beginning for each of them. Memory holds these values of all batches and the statistics of
-    one block. Parameters in host memory (`memory_kind="pinned_host"`) are brought to the devices block by block, so
-    that the model may be larger than the devices' memory; the result is in device memory.
+    layers of a model are, share one compiled pass, in a list of layers as in a scan. Memory holds these values of all
+    batches and the statistics of one block. Parameters in host memory (`memory_kind="pinned_host"`) are brought to the
+    devices block by block, so that the model may be larger than the devices' memory; the result is in device memory.
+    A loop that picks its layers by itself is passed from its beginning for each of them, all of its weights at hand.
 
     `batches` is kept as a list. Digests differ from those of `quantize_params` wherever statistics decide.
 
