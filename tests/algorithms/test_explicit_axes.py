@@ -101,8 +101,8 @@ def test_split_activations(name, spec, recipe):
         np.testing.assert_allclose(jax.jit(quantized(apply, on_mesh))(found, x), outputs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_gptq"])
-def test_layers_in_a_scan(recipe):
+@pytest.mark.parametrize(("recipe", "memory_kind"), [("nvfp4", "pinned_host"), ("nvfp4_gptq", "device")])
+def test_layers_in_a_scan(recipe, memory_kind):
     """At once and layer by layer."""
     params, batches = {"w": draw(3, D, D) / 8}, [draw(24, D) for _ in range(2)]
 
@@ -116,7 +116,7 @@ def test_layers_in_a_scan(recipe):
     expected = quantize_params(params, result, calibrate(whole, params, batches, result, progress=False))
     sequential = quantize_sequentially(whole, params, batches, result, progress=False)
     with jax.set_mesh(mesh()):
-        params = {"w": jax.device_put(params["w"], NamedSharding(mesh(), P(None, None, "ep")))}
+        params = {"w": jax.device_put(params["w"], NamedSharding(mesh(), P(None, None, "ep"), memory_kind=memory_kind))}
         batches = [jax.device_put(x, NamedSharding(mesh(), P("tp", None))) for x in batches]
         on_mesh = plan(split, params, batches[0], recipe=recipe)
         stats = calibrate(split, params, batches, on_mesh, progress=False)
