@@ -84,7 +84,9 @@ def layers_apart(apply_fn: ApplyFn, plan: Plan, leaves: Leaves, batches: Iterabl
     split = Split(leaves, axes, splits[0].loops, max(split.steps for split in splits))
     values = split.apart()
     numbers = dict(zip(_places(split), itertools.count()))
-    entries = tuple(_of_layer(e, index, numbers) for e in plan.quantized for index in split.indices(e.weight.leaf))
+    entries = tuple(
+        _of_layer(plan, e, index, numbers) for e in plan.quantized for index in split.indices(e.weight.leaf)
+    )
     blocks = [Block(tuple(_name(path, block.index) for path in block.paths)) for block in blocks_of(plan, split.loops)]
     paths = (*(_name(leaves.paths[leaf], index) for leaf, index in numbers), *(f"step {i}" for i in range(split.steps)))
     apart = Leaves(paths, tuple(values), jax.tree.structure(list(range(len(values)))))
@@ -127,10 +129,13 @@ def _name(path: str, index: Index) -> str:
     return f"{path}[{','.join(map(str, index))}]" if index else path
 
 
-def _of_layer(entry: PlannedWeight, index: Index, numbers: Mapping[tuple[int, Index], int]) -> PlannedWeight:
+def _of_layer(
+    plan: Plan, entry: PlannedWeight, index: Index, numbers: Mapping[tuple[int, Index], int]
+) -> PlannedWeight:
+    """The entry of one layer, beside those of others of the plan that are quantized."""
     single = without_layers(entry)
     weight = single.weight
-    siblings = tuple(_name(path, index) for path in weight.siblings)
+    siblings = tuple(_name(path, index) for path in weight.siblings if plan.by_path[path].quantized)
     leaf = numbers[weight.leaf, index]
     moved = dataclasses.replace(weight, path=_name(entry.path, index), leaf=leaf, siblings=siblings)
     return dataclasses.replace(single, weight=moved)

@@ -245,6 +245,22 @@ def test_weights_of_a_scan_that_all_meet_one_activation():
         np.testing.assert_allclose(weight.input_scale, wanted[name].input_scale, rtol=1e-5)
 
 
+def test_siblings_that_are_not_quantized():
+    """Keys and one of two branches are left by a rule, with layers in a scan as in a list."""
+    rule = jaxfp4.Rule(jaxfp4.Scheme.W4A4, exclude=("*/k", "*/up"))
+    found = {}
+    for form in ("scanned", "unrolled"):
+        apply, params = language_model(form)
+        found[form] = run(apply, params, jaxfp4.Recipe("some", (rule,)), models.batches(1))[1]["layers"]
+    together = jax.tree.map(lambda *leaves: np.stack(leaves), *found["unrolled"])
+    for name in models.SHAPES:
+        one, other = (tree[name] for tree in (found["scanned"], together))
+        if name in ("k", "up", "router"):
+            np.testing.assert_array_equal(one, other)
+        else:
+            assert np.mean(np.asarray(one.weight.packed) != other.weight.packed) < 0.02
+
+
 def test_two_scans_of_one_length_are_blocks_of_their_own():
     """Layers of the second see all of the first quantized."""
     params = dict.fromkeys(("first", "second"), STACKED["w"])
