@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from jaxfp4.algorithms.inputs import leaves_for, marks_for, tracked_inputs
-from jaxfp4.algorithms.layers import as_arguments, layers_apart
+from jaxfp4.algorithms.layers import Place, as_arguments, layers_apart
 from jaxfp4.algorithms.passes import Passes, initial_parameters
 from jaxfp4.algorithms.statistics import Stats, refuse_non_finite, refuse_wrong_stats, unseen_experts, used_stats
 from jaxfp4.recipes.plan import Plan
@@ -23,7 +23,6 @@ from jaxfp4.transform.evaluate import evaluate
 from jaxfp4.transform.scope import Hooks
 from jaxfp4.transform.statistics import State
 from jaxfp4.transform.trace import ApplyFn, trace
-from jaxfp4.transform.unrolled import Index
 
 CalibrateFn = Callable[..., Stats]
 NO_BATCHES = "batches is empty: wanted at least one batch of calibration data"
@@ -118,17 +117,23 @@ def _batch_by_batch(
 def _by_blocks(
     apply_fn: ApplyFn, params: Any, batches: Iterable[Any], plan: Plan, stats: Stats, progress: bool
 ) -> Stats:
-    batches = list(batches)
-    if not batches:
-        raise ValueError(NO_BATCHES)
+    batches = listed(batches)
     model = layers_apart(apply_fn, plan, leaves_for(plan, params), batches)
     parameters = initial_parameters(model)
     passes = Passes(model, parameters, batches, quantizes=False)
-    found: dict[tuple[str, Index], State] = {}
+    found: dict[Place, State] = {}
     for number, block in enumerate(tracked_progress(model.blocks, "calibrating block by block", progress)):
         states = passes.statistics(number, parameters)
         found.update({(path, block.index): state for path, state in states.items()})
     return {path: plan.statistics[path].merge(stats[path], state) for path, state in model.joined_stats(found).items()}
+
+
+def listed(batches: Iterable[Any]) -> list[Any]:
+    """All batches; ValueError if there are none."""
+    found = list(batches)
+    if not found:
+        raise ValueError(NO_BATCHES)
+    return found
 
 
 def tracked_progress(items: Iterable[Any], task: str, progress: bool) -> Iterable[Any]:

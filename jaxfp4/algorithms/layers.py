@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jaxfp4.recipes.plan import Plan, PlannedWeight
 from jaxfp4.tensors import NVFP4Tensor, QuantizedTensor, QuantizedWeight
+from jaxfp4.tensors.memory import stack_layers
 from jaxfp4.transform.statistics import State, Statistic
 from jaxfp4.transform.trace import ApplyFn, Leaves
 from jaxfp4.transform.unrolled import Index, Split, find_split, unrolled
@@ -25,6 +25,10 @@ class Block:
 
     paths: tuple[str, ...]
     index: Index = ()
+
+
+Place = tuple[str, Index]
+"""The path of a weight, and which entry of its layer axes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,32 +46,25 @@ class Model:
     entries: tuple[PlannedWeight, ...]
     """What is quantized of the model as it was."""
 
-    def joined(self, done: dict[str, Mapping[Index, QuantizedWeight]]) -> dict[int, QuantizedWeight]:
-        """By leaf of the model as it was, the results of this one, which are given by path and layer.
+    def joined(self, done: dict[Place, QuantizedWeight]) -> dict[int, QuantizedWeight]:
+        """By leaf of the model as it was, the results of this one.
 
         `done` is emptied, so that layers are freed once they are put together.
         """
-        result = {}
-        for entry in self.entries:
-            leaf = entry.weight.leaf
-            if leaf in self.split.axes:
-                layers = {i: done.pop(_name(entry.path, i))[()] for i in self.split.indices(leaf)}
-            else:
-                layers = dict(done.pop(entry.path))
-            result[leaf] = stacked(entry, layers)
-            del layers
-        return result
+        return {e.weight.leaf: _stacked(e, [done.pop(place) for place in self._places(e)]) for e in self.entries}
 
-    def joined_stats(self, found: Mapping[tuple[str, Index], State]) -> dict[str, State]:
-        """By path of the model as it was, the states of its layers, which are given by path and block of this one."""
-        result: dict[str, State] = {}
-        for entry in self.entries:
-            weight, apart = entry.weight, entry.weight.leaf in self.split.axes
-            indices = list(np.ndindex(weight.sizes(weight.layer_axes)))
-            names = [(_name(entry.path, i), ()) if apart else (entry.path, i) for i in indices]
-            if names[0] in found:
-                result[entry.path] = _stacked_states(entry, [found[name] for name in names])
-        return result
+    def joined_stats(self, found: Mapping[Place, State]) -> dict[str, State]:
+        """By path of the model as it was, the states of the statistics of this one."""
+        layers = [(e, self._places(e)) for e in self.entries]
+        return {
+            e.path: _stacked_states(e, [found[place] for place in places]) for e, places in layers if places[0] in found
+        }
+
+    def _places(self, entry: PlannedWeight) -> list[Place]:
+        """Where the layers of a weight of the model as it was are in this one."""
+        apart = entry.weight.leaf in self.split.axes
+        indices = np.ndindex(entry.weight.sizes(entry.weight.layer_axes))
+        return [(_name(entry.path, i), ()) if apart else (entry.path, i) for i in indices]
 
 
 def layers_apart(apply_fn: ApplyFn, plan: Plan, leaves: Leaves, batches: Iterable[Any]) -> Model:
@@ -83,12 +80,13 @@ def layers_apart(apply_fn: ApplyFn, plan: Plan, leaves: Leaves, batches: Iterabl
     axes = {n: axes for split in splits for n, axes in split.axes.items()}
     split = Split(leaves, axes, splits[0].loops, max(split.steps for split in splits))
     values = split.apart()
-    numbers = dict(zip(_places(split), itertools.count()))
+    places = [(leaf, index) for leaf in range(len(leaves.values)) for index in split.indices(leaf)]
+    numbers = {place: number for number, place in enumerate(places)}
     entries = tuple(
         _of_layer(plan, e, index, numbers) for e in plan.quantized for index in split.indices(e.weight.leaf)
     )
     blocks = [Block(tuple(_name(path, block.index) for path in block.paths)) for block in blocks_of(plan, split.loops)]
-    paths = (*(_name(leaves.paths[leaf], index) for leaf, index in numbers), *(f"step {i}" for i in range(split.steps)))
+    paths = (*(_name(leaves.paths[leaf], index) for leaf, index in places), *(f"step {i}" for i in range(split.steps)))
     apart = Leaves(paths, tuple(values), jax.tree.structure(list(range(len(values)))))
     # Of the plan as it was: what folds need is not known of single layers.
     statistics = {
@@ -98,10 +96,6 @@ def layers_apart(apply_fn: ApplyFn, plan: Plan, leaves: Leaves, batches: Iterabl
     }
     single = dataclasses.replace(plan, entries=entries)
     return Model(unrolled(apply_fn, split), single, apart, tuple(blocks), statistics, split, plan.quantized)
-
-
-def _places(split: Split) -> list[tuple[int, Index]]:
-    return [(leaf, index) for leaf in range(len(split.leaves.values)) for index in split.indices(leaf)]
 
 
 def _kinds(batches: Iterable[Any]) -> list[tuple[Any, ...]]:
@@ -178,12 +172,7 @@ def _stacked_states(entry: PlannedWeight, states: Sequence[State]) -> State:
         return states[0]
     sizes = weight.sizes(weight.layer_axes)
     places = [weight.stack_axes.index(a) for a in weight.layer_axes]
-
-    def stack(*layers: Array) -> Array:
-        in_front = jnp.stack(layers).reshape(*sizes, *layers[0].shape)
-        return jnp.moveaxis(in_front, range(len(sizes)), places)
-
-    return jax.tree.map(stack, *states)
+    return jax.tree.map(lambda *layers: stack_layers(layers, sizes, places), *states)
 
 
 def without_layers(entry: PlannedWeight) -> PlannedWeight:
@@ -200,40 +189,33 @@ def without_layers(entry: PlannedWeight) -> PlannedWeight:
     return dataclasses.replace(entry, weight=single)
 
 
-def stacked(entry: PlannedWeight, layers: Mapping[Index, QuantizedWeight]) -> QuantizedWeight:
-    """The layers' results as one weight with its layer axes."""
+def _stacked(entry: PlannedWeight, layers: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """The layers' results, in order, as one weight with its layer axes."""
     weight = entry.weight
     if not weight.layer_axes:
-        return layers[()]
+        return layers[0]
     sizes = weight.sizes(weight.layer_axes)
-    results = [layers[index] for index in sorted(layers)]
-
     rank = len(weight.shape)
-    first = results[0].weight
+    first = layers[0].weight
     # Merged contraction axes are one in packed codes and scales.
     lost = weight.contracted[:-1] if isinstance(first, NVFP4Tensor) and first.blocking.merged else ()
     places = [a - sum(merged < a for merged in lost) for a in weight.layer_axes]
 
-    def in_front(*parts: Array) -> Array:
-        return jnp.stack(parts).reshape(*sizes, *parts[0].shape)
+    def along(axes: Sequence[int], *parts: Array) -> Array:
+        return stack_layers(parts, sizes, axes)
 
-    def in_place(*parts: Array) -> Array:
-        if len(places) == 1:
-            return jnp.stack(parts, places[0])
-        return jnp.moveaxis(in_front(*parts), range(len(sizes)), places)
-
-    tensors = [result.weight for result in results]
+    tensors = [layer.weight for layer in layers]
     scales = [t.global_scale.reshape(t.global_scale.shape or (1,) * (rank - len(sizes))) for t in tensors]
     # Global scales have the layer axes of the parameter, the other arrays perhaps fewer axes.
-    codes: QuantizedTensor = jax.tree.map(in_place, *map(_without_global_scale, tensors))
+    codes: QuantizedTensor = jax.tree.map(functools.partial(along, places), *map(_without_global_scale, tensors))
     tensor = dataclasses.replace(
         codes,
-        global_scale=jnp.moveaxis(in_front(*scales), range(len(sizes)), weight.layer_axes),
+        global_scale=stack_layers(scales, sizes, weight.layer_axes),
         axes=tuple(a - rank for a in weight.contracted),
     )
     # Beside the tensor there are numbers, one for each layer.
-    bare = [dataclasses.replace(result, weight=None) for result in results]  # type: ignore[arg-type]
-    numbers: QuantizedWeight = jax.tree.map(in_front, *bare)
+    bare = [dataclasses.replace(layer, weight=None) for layer in layers]  # type: ignore[arg-type]
+    numbers: QuantizedWeight = jax.tree.map(functools.partial(along, range(len(sizes))), *bare)
     return dataclasses.replace(numbers, weight=tensor)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxfp4.algorithms.calibration import NO_BATCHES, calibrate, tracked_progress
+from jaxfp4.algorithms.calibration import calibrate, listed, tracked_progress
 from jaxfp4.algorithms.channels import after_folding
 from jaxfp4.algorithms.inputs import leaves_for
-from jaxfp4.algorithms.layers import Block, Model, layers_apart, without_layers
+from jaxfp4.algorithms.layers import Block, Model, Place, layers_apart, without_layers
 from jaxfp4.algorithms.passes import Parameters, Passes, initial_parameters
 from jaxfp4.algorithms.quantization import quantize_weights
 from jaxfp4.recipes.plan import Plan, PlannedWeight
@@ -43,9 +43,7 @@ def quantize_sequentially(
 
     Raises what `calibrate` and `quantize_params` raise.
     """
-    batches = list(batches)
-    if not batches:
-        raise ValueError(NO_BATCHES)
+    batches = listed(batches)
     if plan.folds:
         stats = calibrate(apply_fn, params, batches, plan, progress=progress)
         params, plan, _ = after_folding(params, plan, stats)
@@ -63,16 +61,16 @@ def quantize_sequentially(
 
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """How far the quantization has come, by path."""
+    """How far the quantization has come."""
 
     parameters: Parameters
-    done: Mapping[str, Mapping[Index, QuantizedWeight]]
-    """By layer, the results."""
+    done: Mapping[Place, QuantizedWeight]
+    """The results."""
 
     @classmethod
     def of(cls, model: Model) -> _State:
         """Nothing is quantized yet."""
-        return cls(initial_parameters(model), {e.path: {} for e in model.plan.quantized})
+        return cls(initial_parameters(model), {})
 
     def after(self, model: Model, number: int, passes: Passes) -> _State:
         """The state once a block is quantized. Its statistics and arrays are gone then."""
@@ -87,7 +85,7 @@ class _State:
         """The state after another block."""
         values, scales, done = dict(self.parameters.values), dict(self.parameters.scales), dict(self.done)
         for path, weight in found.items():
-            done[path] = {**done[path], block.index: weight}
+            done[path, block.index] = weight
             if block.index:
                 place = _place(plan.by_path[path], block.index)
                 values[path] = brought(values[path]).at[place].set(weight.weight.dequantize())

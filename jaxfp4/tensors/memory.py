@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
@@ -28,6 +29,14 @@ class Layer:
         return tuple(self.index.get(a, slice(None)) for a in range(self.stack.ndim))
 
 
+def stack_layers(layers: Sequence[Array], sizes: Sequence[int], axes: Sequence[int]) -> Array:
+    """The array that has layers, given in the order of their indices within `sizes`, along `axes`."""
+    if len(axes) == 1:
+        return jnp.stack(layers, axes[0])
+    in_front = jnp.stack(layers).reshape(*sizes, *layers[0].shape)
+    return jnp.moveaxis(in_front, range(len(sizes)), axes)
+
+
 def in_host_memory(x: object) -> bool:
     """Whether an array lies in another memory than its devices', such as `pinned_host`."""
     if not isinstance(x, Array) or isinstance(x, jax.core.Tracer):
@@ -39,7 +48,7 @@ def in_host_memory(x: object) -> bool:
 def in_memory(sharding: Sharding | None, kind: str) -> Sharding:
     """The same sharding, by default the default device, in a memory such as `pinned_host`."""
     if sharding is None:
-        (device,) = jax.numpy.zeros(()).devices()
+        (device,) = jnp.zeros(()).devices()
         sharding = SingleDeviceSharding(device)
     return sharding.with_memory_kind(kind)
 
@@ -65,14 +74,12 @@ def brought(value: Array | np.ndarray | Layer) -> Array:
     Of a layer whose stack is in host memory only that layer is copied, unless the stack is split by layers.
     """
     if not isinstance(value, Layer):
-        return jax.numpy.asarray(on_devices(value))
+        return jnp.asarray(on_devices(value))
     stack, sharding = value.stack, _of_layer(value)
-    if sharding is None:
-        return _picked(on_devices(stack), value.place)
-    if _is_split(value):
+    if sharding is not None and _is_split(value):
         return _picked(jax.device_put(stack, _unsplit(value)), value.place)
-    if not in_host_memory(stack):
-        return _picked(stack, value.place)
+    if sharding is None or not in_host_memory(stack):
+        return _picked(on_devices(stack), value.place)
     parts = [jax.device_put(np.asarray(s.data)[value.place], s.device) for s in stack.addressable_shards]
     return jax.make_array_from_single_device_arrays(_shape(value), sharding, parts)
 
@@ -81,7 +88,7 @@ def abstract(value: Array | np.ndarray | Layer) -> Any:
     """What a function is traced with in the place of what `brought` returns."""
     stack = value.stack if isinstance(value, Layer) else value
     if isinstance(stack, np.ndarray):
-        dtype = jax.numpy.asarray(stack.reshape(-1)[:0]).dtype
+        dtype = jnp.asarray(stack.reshape(-1)[:0]).dtype
         return jax.ShapeDtypeStruct(_shape(value) if isinstance(value, Layer) else stack.shape, dtype)
     if isinstance(value, Layer):
         return _abstract(stack, _shape(value), _of_layer(value))
@@ -94,7 +101,7 @@ def _abstract(x: Array, shape: tuple[int, ...], sharding: Sharding | None) -> ja
 
 @paced
 def _picked(stack: Any, place: tuple[int | slice, ...]) -> Array:
-    return jax.numpy.asarray(stack[place])
+    return jnp.asarray(stack[place])
 
 
 def _shape(layer: Layer) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,6 +95,30 @@ RESHAPING = frozenset({"broadcast_in_dim", "expand_dims", "reshape", "squeeze", 
 
 ORDERING = frozenset({"approx_top_k", "argmax", "argmin", "sort", "top_k"})
 """Primitives that choose by comparing values, as a router does."""
+
+
+def run(
+    eqns: Sequence[JaxprEqn],
+    inputs: Mapping[Var, Any],
+    results: Sequence[Atom],
+    rule: Callable[[JaxprEqn, list[Any]], Sequence[Any]],
+) -> list[Any]:
+    """The values of `results`: from those of variables, by what `rule` makes of each equation and its operands."""
+    env = dict(inputs)
+
+    def read(atom: Atom) -> Any:
+        return atom.val if isinstance(atom, Literal) else env[atom]
+
+    for eqn in eqns:
+        env.update(zip(eqn.outvars, rule(eqn, [read(atom) for atom in eqn.invars]), strict=True))
+    return [read(atom) for atom in results]
+
+
+def run_body(body: Body, inputs: Sequence[Any], rule: Callable[[JaxprEqn, list[Any]], Sequence[Any]]) -> list[Any]:
+    """The same of a sub-jaxpr and the values of its inputs."""
+    constants = zip(body.jaxpr.constvars, body.consts, strict=True)
+    values = {**dict(constants), **dict(zip(body.jaxpr.invars, inputs, strict=True))}
+    return run(body.jaxpr.eqns, values, body.jaxpr.outvars, rule)
 
 
 def bind(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:

@@ -36,14 +36,7 @@ class Program:
 
     def __call__(self, values: Sequence[Any]) -> list[Any]:
         """The results, from the values of the inputs."""
-        env: dict[Var, Any] = dict(zip(self.inputs, values, strict=True))
-
-        def read(atom: jaxprs.Atom) -> Any:
-            return atom.val if isinstance(atom, Literal) else env[atom]
-
-        for eqn in self.eqns:
-            env.update(zip(eqn.outvars, jaxprs.bind(eqn, [read(a) for a in eqn.invars]), strict=True))
-        return [read(atom) for atom in self.results]
+        return jaxprs.run(self.eqns, dict(zip(self.inputs, values, strict=True)), self.results, jaxprs.bind)
 
     @functools.cached_property
     def form(self) -> Hashable:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax import Array
-from jax.extend.core import JaxprEqn, Literal, Var
+from jax.extend.core import JaxprEqn, Literal
 
 from jaxfp4.transform import jaxprs
 from jaxfp4.transform.contractions import contraction_with, weight_operand
@@ -89,18 +90,15 @@ class Scope:
 
     def inline(self, body: jaxprs.Body, inputs: Sequence[Value]) -> list[Value]:
         """Evaluates the equations in order in this scope; results may be tracked weights."""
-        env: dict[Var, Value] = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
-        env.update(zip(body.jaxpr.invars, inputs, strict=True))
+        around, numbers = self._path, itertools.count()
 
-        def read(atom: jaxprs.Atom) -> Value:
-            return atom.val if isinstance(atom, Literal) else env[atom]
+        def numbered(eqn: JaxprEqn, operands: list[Value]) -> Sequence[Value]:
+            self._path = (*around, next(numbers))
+            return self.equation(eqn, operands)
 
-        around = self._path
-        for number, eqn in enumerate(body.jaxpr.eqns):
-            self._path = (*around, number)
-            env.update(zip(eqn.outvars, self.equation(eqn, [read(atom) for atom in eqn.invars]), strict=True))
+        results = jaxprs.run_body(body, inputs, numbered)
         self._path = around
-        return [read(atom) for atom in body.jaxpr.outvars]
+        return results
 
     def equation(self, eqn: JaxprEqn, operands: list[Value]) -> Sequence[Value]:
         """The results of one equation; bound as it is unless it concerns a planned weight or a marked value."""

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.extend.core import JaxprEqn, Literal, Var
+from jax.extend.core import JaxprEqn
 
-from jaxfp4.tensors.memory import Layer, abstract
+from jaxfp4.tensors.memory import Layer, abstract, stack_layers
 from jaxfp4.transform import jaxprs
 from jaxfp4.transform.trace import ApplyFn, Leaves, trace
 
@@ -70,9 +70,8 @@ class Parts:
 
     def joined(self) -> Array:
         """The stacked array."""
-        sizes = [n + 1 for n in max(self.layers)]
-        stacked = jnp.stack([self.layers[index] for index in sorted(self.layers)])
-        return jnp.moveaxis(stacked.reshape(*sizes, *stacked.shape[1:]), range(len(sizes)), self.axes)
+        sizes = tuple(n + 1 for n in max(self.layers))
+        return stack_layers([self.layers[index] for index in sorted(self.layers)], sizes, self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,15 +180,7 @@ class _Unroller:
 
     def run(self, body: jaxprs.Body, inputs: Sequence[Any]) -> list[Any]:
         """The results, arrays or `Parts`."""
-        env: dict[Var, Any] = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
-        env.update(zip(body.jaxpr.invars, inputs, strict=True))
-
-        def read(atom: jaxprs.Atom) -> Any:
-            return atom.val if isinstance(atom, Literal) else env[atom]
-
-        for eqn in body.jaxpr.eqns:
-            env.update(zip(eqn.outvars, self._results(eqn, [read(a) for a in eqn.invars]), strict=True))
-        return [read(atom) for atom in body.jaxpr.outvars]
+        return jaxprs.run_body(body, inputs, self._results)
 
     def _results(self, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
         if not any(isinstance(x, Parts) for x in operands):
